@@ -1,0 +1,515 @@
+"""Pythia-70M: the baseline, and the parts that every variant reuses unchanged.
+
+Pythia (Biderman et al. 2023, arXiv 2304.01373), architecture GPT-NeoX (Black et al. 2022, arXiv 2204.06745):
+
+    tokens --> embed_in --> [ h + attention(ln1(h)) + mlp(ln2(h)) ] x 6 --> final_layer_norm --> embed_out --> logits
+                                      |
+                              cache: one key and one value per layer and token
+
+Cached: 2 x 512 numbers per layer and token, 6,144 numbers = 24,576 bytes a token in float32.
+
+Letters, for the whole project:
+    B rows of a batch      T tokens of this call      P tokens attended to, cached and new (P = T without a cache)
+    C hidden_size          H heads                    D head size, C / H
+    V vocabulary rows      R rotated share of a head  L latent (kv_dim)     E context_dim     S segment_len
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSS_ROWS = 256  # rows of logits that exist at a time while the loss is computed
+PREFILL_TOKENS = 512  # a long prompt goes through the cache in chunks of this many tokens
+
+
+@dataclass(frozen=True)
+class PythiaConfig:
+    """Shape of a Pythia model; the defaults are Pythia-70M. Raises ValueError where the numbers do not fit together."""
+
+    vocab_size: int = 50304  # rows of the embedding; 50,277 of them are tokens
+    hidden_size: int = 512  # width of the residual stream
+    num_layers: int = 6  # decoder blocks
+    num_heads: int = 8  # attention heads, hidden_size / num_heads wide each
+    intermediate_size: int = 2048  # width of the MLP
+    max_position_embeddings: int = 2048  # longest window the model is trained and scored on
+    layer_norm_eps: float = 1e-5  # epsilon of every LayerNorm
+    rotary_pct: float = 0.25  # share of each head that RoPE rotates
+    rotary_base: float = 10000.0  # base of the RoPE wavelengths
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
+            require_positive(self, name)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
+        if not 0 <= self.rotary_pct <= 1:
+            raise ValueError(f"rotary_pct={self.rotary_pct} is not between 0 and 1")
+        if self.rotary_size % 2:
+            raise ValueError(
+                f"rotary_pct={self.rotary_pct} of a head of {self.head_size} is {self.rotary_size} dimensions: "
+                "RoPE turns pairs, so it has to be even"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rotary_size(self) -> int:
+        return int(self.head_size * self.rotary_pct)
+
+
+def require_positive(config: object, name: str) -> None:
+    """Raises ValueError if a config's field is below 1."""
+    if getattr(config, name) < 1:
+        raise ValueError(f"{name}={getattr(config, name)} has to be at least 1")
+
+
+# ------------------------------------------------------------------------------------------------------- the cache
+
+
+class Cache:
+    """What decoding remembers: one entry per layer, allocated once. It alone knows the position.
+
+    An entry is any object whose attributes hold the layer's tensors; entries may be shared between layers, and None
+    stands for a layer that remembers nothing.
+    """
+
+    def __init__(self, layers: list[Any], max_len: int) -> None:
+        self.layers = layers
+        self.max_len = max_len
+        self.length = 0  # tokens seen
+
+    def extend(self, num_tokens: int) -> int:
+        """Claim the next num_tokens positions and return the first of them."""
+        if self.length + num_tokens > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} tokens, and {self.length + num_tokens} are asked of it")
+        start, self.length = self.length, self.length + num_tokens
+        return start
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the cache, shared ones once."""
+        found = (value for entry in self.layers if entry is not None for value in vars(entry).values())
+        return list({id(value): value for value in found if isinstance(value, Tensor)}.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really allocated, the sum over the cache's tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+class KeyValueCache:
+    """One layer's keys and values, each (B, H, max_len, D)."""
+
+    def __init__(self, batch_size: int, max_len: int, config: PythiaConfig, like: Tensor) -> None:
+        shape = (batch_size, config.num_heads, max_len, config.head_size)
+        self.k = like.new_zeros(shape)
+        self.v = like.new_zeros(shape)
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, T, D) at position start; returns all keys and values so far, (B, H, P, D)."""
+        end = start + k.size(2)
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+# ------------------------------------------------------------------------------------------------ parts of the block
+
+
+class RotaryEmbedding(nn.Module):
+    """RoPE (Su et al. 2021, arXiv 2104.09864) on the first R dimensions of a head, in halves as GPT-NeoX pairs them."""
+
+    def __init__(self, config: PythiaConfig) -> None:
+        super().__init__()
+        self.R = config.rotary_size
+        self.inv_freq: Tensor
+        wavelengths = config.rotary_base ** (torch.arange(0, self.R, 2, dtype=torch.float32) / max(self.R, 1))
+        self.register_buffer("inv_freq", 1 / wavelengths, persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Rotate x (B, H, T, D), whose first token stands at position start."""
+        positions = torch.arange(start, start + x.size(-2), device=x.device, dtype=torch.float32)
+        angles = positions[:, None] * self.inv_freq  # (T, R/2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        x1, x2, rest = x.split([self.R // 2, self.R // 2, x.size(-1) - self.R], dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D): the T queries are the last of the P positions of k and v."""
+    T, P = q.size(-2), k.size(-2)
+    if T == P:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = None if T == 1 else torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, H * D) -> (B, H, T, D)"""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, H * D)"""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with RoPE; the fused projection is laid out per head as (q, k, v), as in GPT-NeoX."""
+
+    def __init__(self, config: PythiaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.rotary = RotaryEmbedding(config)
+
+    def init_cache(self, batch_size: int, max_len: int) -> KeyValueCache:
+        return KeyValueCache(batch_size, max_len, self.config, like=self.dense.weight)
+
+    def forward(self, x: Tensor, start: int, cache: KeyValueCache | None) -> Tensor:
+        """x (B, T, C), its first token at position start -> (B, T, C)."""
+        q, k, v = split_heads(self.query_key_value(x), self.config.num_heads).chunk(3, dim=-1)  # (B, H, T, D) each
+        q, k = self.rotary(q, start), self.rotary(k, start)
+        if cache is not None:
+            k, v = cache.append(k, v, start)
+        return self.dense(merge_heads(causal_attention(q, k.to(q.dtype), v.to(q.dtype))))
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, config: PythiaConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+
+
+class Block(nn.Module):
+    """One decoder layer, h + attention(ln1(h)) + mlp(ln2(h)). The variants swap the attention."""
+
+    def __init__(self, config: PythiaConfig, attention: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = attention
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, *attention_inputs: Any) -> Tensor:
+        """h (B, T, C) -> (B, T, C); attention_inputs go to the attention as they are."""
+        attended = self.attention(self.input_layernorm(h), *attention_inputs)
+        return h + attended + self.mlp(self.post_attention_layernorm(h))
+
+
+# --------------------------------------------------------------------------------------------------- head and loss
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in float32 of logits (..., V) against targets (...); targets of -100 are left out."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100)
+
+
+class HeadLoss(torch.autograd.Function):
+    """next_token_loss(h W^T, targets) without ever holding the (N, V) logits: LOSS_ROWS rows at a time.
+
+    With p = softmax(h W^T) and y the one-hot targets, the gradient of a row's loss for its logits is p - y, so each
+    chunk yields its share of dh = (p - y) W and dW = (p - y)^T h while its logits are at hand; backward only scales.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h (N, C) and weight (V, C) of one dtype, targets (N,) -> scalar loss in float32."""
+        kept = targets != -100
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), device=h.device)
+        for rows, target, keep, dh_rows in zip(*(x.split(LOSS_ROWS) for x in (h, targets, kept, dh)), strict=True):
+            logits = (rows @ weight.T).float()  # (LOSS_ROWS, V)
+            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            index = target.clamp(min=0)[:, None]
+            total += (log_z - logits.gather(1, index)).masked_fill(~keep[:, None], 0).sum()
+            grad = logits.sub_(log_z).exp_()  # p
+            grad.scatter_add_(1, index, torch.full_like(log_z, -1.0))  # p - y
+            grad = grad.masked_fill_(~keep[:, None], 0).to(h.dtype)
+            dh_rows.copy_(grad @ weight)
+            dw += grad.T @ rows
+        ctx.count = kept.sum().clamp(min=1)
+        ctx.save_for_backward(dh, dw.to(weight.dtype))
+        return total / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        dh, dw = ctx.saved_tensors
+        scale = grad_output / ctx.count
+        return dh * scale.to(dh.dtype), dw * scale.to(dw.dtype), None
+
+
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """next_token_loss of the head's logits for h (B, T, C), in the dtype of autocast where that is on."""
+    device_type = h.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        h, weight = h.to(dtype), weight.to(dtype)
+    return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+class PythiaModel(nn.Module):
+    """Pythia, with the parameter names of Hugging Face's GPT-NeoX. A variant overrides make_attention, or more."""
+
+    def __init__(self, config: PythiaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, self.make_attention(i)) for i in range(config.num_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self.init_weights)
+
+    def make_attention(self, layer: int) -> nn.Module:
+        """The attention of one layer: a module with forward(x, start, cache) and init_cache(batch_size, max_len)."""
+        return Attention(self.config)
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Normal 0.02; the projections that write to the residual stream are scaled down by sqrt(2 x layers)."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Attention):
+            nn.init.normal_(module.dense.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+        if isinstance(module, MLP):
+            nn.init.normal_(module.dense_4h_to_h.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+
+    def hidden_states(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """Token ids (B, T) -> what the head reads, (B, T, C); with a cache, idx continues what the cache has seen."""
+        start = 0 if cache is None else cache.extend(idx.size(1))
+        h = self.embed_in(idx)
+        for layer, block in enumerate(self.layers):
+            h = block(h, start, None if cache is None else cache.layers[layer])
+        return self.final_layer_norm(h)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V), and the mean cross entropy if there are targets (B, T), -100 left out.
+
+        return_logits=False (training) returns None for the logits, and never holds them.
+        """
+        h = self.hidden_states(idx, cache)
+        if targets is not None and not return_logits:
+            return None, head_loss(h, self.embed_out.weight, targets)
+        logits = self.embed_out(h)
+        return logits, None if targets is None else next_token_loss(logits, targets)
+
+    def attentions(self) -> list[Any]:
+        """The attention module of every layer."""
+        return [block.attention for block in self.layers]
+
+    def init_cache(self, batch_size: int, max_len: int) -> Cache:
+        """An empty cache for batch_size rows of at most max_len tokens, in the dtype and on the device of the model."""
+        return Cache([attention.init_cache(batch_size, max_len) for attention in self.attentions()], max_len)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None = None) -> Tensor:
+        """Continue the prompts idx (B, T) -> (B, T + max_new_tokens); temperature 0 is greedy."""
+        cache = self.init_cache(idx.size(0), idx.size(1) + max_new_tokens)
+        return torch.cat([idx, *stream_tokens(self, idx, cache, max_new_tokens, temperature, top_k)], dim=1)
+
+    def start_from(self, source: "PythiaModel") -> dict[str, str]:
+        """Take over what a trained model shares with this one; returns, for each tensor, copied, converted or new.
+
+        Raises ValueError if the two have other widths.
+        """
+        theirs, mine = source.state_dict(), self.state_dict()
+        if theirs["embed_in.weight"].shape != mine["embed_in.weight"].shape:
+            raise ValueError(
+                f"the source's embedding is {tuple(theirs['embed_in.weight'].shape)}, this model's "
+                f"{tuple(mine['embed_in.weight'].shape)}: pretrained weights need the same widths (width_divisor = 1)"
+            )
+        converted = self.convert(source)
+        copied = {k: v for k, v in theirs.items() if k not in converted and k in mine and v.shape == mine[k].shape}
+        self.load_state_dict({**mine, **copied, **converted})
+        return {k: "copied" if k in copied else "converted" if k in converted else "new" for k in mine}
+
+    def convert(self, source: "PythiaModel") -> dict[str, Tensor]:
+        """Tensors of this model that are computed from a source's; a variant says which."""
+        return {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str) -> "PythiaModel":
+        """Read a Hugging Face GPT-NeoX checkpoint: a hub id such as EleutherAI/pythia-70m, or a local folder.
+
+        Raises FileNotFoundError if there is no such checkpoint, ValueError if it is another architecture.
+        """
+        folder = Path(name_or_folder)
+        if not folder.is_dir():
+            folder = download_checkpoint(name_or_folder)
+        model = cls(config_from_huggingface(json.loads((folder / "config.json").read_text())))
+        state = {k.removeprefix("gpt_neox."): v for k, v in read_weights(folder).items()}
+        state = {k: v for k, v in state.items() if not k.endswith(HUGGINGFACE_BUFFERS)}
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} does not fit its config.json: {' '.join(str(error).split())[:300]}") from None
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors so that transformers' AutoModelForCausalLM loads them."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config_to_huggingface(self.config), indent=2) + "\n")
+        state = {k if k.startswith("embed_out") else f"gpt_neox.{k}": v for k, v in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------- generation, optimizer
+
+
+@torch.no_grad()
+def stream_tokens(
+    model: Any,
+    idx: Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    num_tokens: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T), each as soon as it is drawn.
+
+    Ids from num_tokens on are padding rows of the vocabulary and are never drawn. Raises ValueError on an empty prompt.
+    """
+    if idx.size(1) == 0:
+        raise ValueError("an empty prompt has no next token: start with the end-of-text token")
+    for chunk in idx.split(PREFILL_TOKENS, dim=1):
+        logits, _ = model(chunk, cache=cache)
+    for remaining in reversed(range(max_new_tokens)):
+        token = draw_token(logits[:, -1, :num_tokens], temperature, top_k)
+        yield token
+        if remaining:
+            logits, _ = model(token, cache=cache)
+
+
+def draw_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """One token (B, 1) from logits (B, V): the arg-max at temperature 0, else from the top_k largest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth_largest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_largest, -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW over what is trained: matrices decay, biases and LayerNorms do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+# ------------------------------------------------------------------------------------- Hugging Face's file layout
+
+HUGGINGFACE_BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")  # in older checkpoints
+
+
+def download_checkpoint(hub_id: str) -> Path:
+    """Fetch config and weights of a hub id, or find them in the hub's cache; returns the folder."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "pytorch_model*.bin*"]))
+    except Exception as error:  # the hub's client raises many types; each means that the weights cannot be had
+        raise FileNotFoundError(
+            f"{hub_id!r} is no local folder and could not be had from the hub ({type(error).__name__}): "
+            "give a folder with config.json and model.safetensors or pytorch_model.bin"
+        ) from None
+    return folder
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder in float32, whole or in shards, safetensors before pickles."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            safe = file.suffix == ".safetensors"
+            state |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # safetensors, zip and pickle readers each have errors of their own
+            raise ValueError(f"{file} cannot be read ({type(error).__name__}): truncated, or no weight file") from None
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def config_from_huggingface(config: dict[str, Any]) -> PythiaConfig:
+    """GPT-NeoX's config.json -> PythiaConfig. Raises ValueError where it asks for what Pythia does not have."""
+    required = {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    }
+    for key, value in required.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json has {key}={config[key]!r}; Pythia has {value!r}")
+    rope = config.get("rope_parameters") or {}  # transformers 5; before, the two stood at the top level
+    return PythiaConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        intermediate_size=config["intermediate_size"],
+        max_position_embeddings=config["max_position_embeddings"],
+        layer_norm_eps=config["layer_norm_eps"],
+        rotary_pct=rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)),
+        rotary_base=float(rope.get("rope_theta", config.get("rotary_emb_base", 10000))),
+    )
+
+
+def config_to_huggingface(config: PythiaConfig) -> dict[str, Any]:
+    """PythiaConfig -> the config.json that EleutherAI released Pythia with."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "layer_norm_eps": config.layer_norm_eps,
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": config.rotary_base,
+        "hidden_act": "gelu",
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": "float32",
+    }
