@@ -1,0 +1,490 @@
+"""Settings: config files, then --key=value overrides -> typed, checked settings. And the one table of models.
+
+    python train.py config/mla_kv128.py config/laptop.py --max_iters=500
+                    |                   |                \\_ overrides, the last word
+                    |                   \\_ a layer, for any model
+                    \\_ picks the model
+
+A config file is Python with plain assignments, and it is executed: run only files you trust.
+The comment behind a field below is its line in --help. Bad input raises InputError; run() turns it into one line and
+exit status 2.
+"""
+
+import ast
+import dataclasses
+import difflib
+import errno
+import inspect
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+
+from model_mla import MLAConfig, MLAPythiaModel
+from pythia_base import PythiaConfig, PythiaModel
+
+MODELS: dict[str, tuple[type, type]] = {
+    "pythia": (PythiaConfig, PythiaModel),
+    "mla": (MLAConfig, MLAPythiaModel),
+}
+
+S = TypeVar("S")
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message is one line that says what is wrong and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------- the settings
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What every phase of train.py needs."""
+
+    model: str = "pythia"  # the architecture, a name from configurator.MODELS
+    phase: Literal["lm", "phase1", "phase2"] = "lm"  # language model, ContextBlock alone, or model on frozen contexts
+    out_dir: str | None = None  # the run's folder; None: out/ and the names of the config files
+    overwrite: bool = False  # start anew in a folder that holds another run
+    init_from: str = "scratch"  # 'scratch', 'resume', a run folder, a Hugging Face folder or hub id
+    dataset: str = "mini"  # folder below data_dir
+    data_dir: str = "data"  # where prep.py puts token files
+    width_divisor: int = 1  # divides hidden_size, intermediate_size, kv_dim and context_dim of the model
+    device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+    seed: int = 1337  # of the weights and of the order of the data
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "width_divisor")
+        check_range(self, 0, "seed")
+
+
+@dataclass(frozen=True)
+class LMSettings(TrainSettings):
+    """Training a language model."""
+
+    batch_size: int = 4  # windows per micro-batch
+    block_size: int = 512  # tokens per window
+    gradient_accumulation_steps: int = 8  # micro-batches per step, shared out among the processes of torchrun
+    learning_rate: float = 1e-3  # AdamW, after warmup
+    min_lr: float = 1e-4  # learning rate at the end of the decay
+    max_iters: int = 600  # optimizer steps
+    warmup_iters: int = 60  # steps of linear warmup
+    lr_decay_iters: int | None = None  # step at which min_lr is reached; None: max_iters
+    decay_lr: bool = True  # cosine decay after warmup; False keeps learning_rate
+    weight_decay: float = 0.1  # AdamW, on matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+    eval_interval: int = 100  # steps between evaluations and checkpoints
+    eval_iters: int = 20  # micro-batches of the validation data per evaluation; the end of a run takes all of it
+    log_interval: int = 10  # steps between lines of the log
+    patience: int | None = None  # stop after so many evaluations without a better loss; None: never
+    eval_only: bool = False  # evaluate and stop
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products in training
+    compile: bool | None = None  # torch.compile; None: on CUDA only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters")
+        check_range(self, 1, "log_interval", "patience", "lr_decay_iters")
+        check_range(self, 0, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} has to be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class PrepSettings:
+    """prep.py"""
+
+    stage: Literal["tokens", "contexts"] = "tokens"  # text to token files, or token files to a context cache
+    dataset: str = "mini"  # mini, pile, pile10k, wikitext2, ultrachat, or any name together with --files
+    tokenizer: Literal["neox", "gpt2"] = "neox"  # GPT-NeoX-20B's, which Pythia uses, or GPT-2's
+    files: str | None = None  # your own .txt, .jsonl, .jsonl.zst or .parquet files, a glob pattern
+    data_dir: str = "data"  # where the token files go
+    val_fraction: float = 0.1  # share of the documents held out
+    seed: int = 1337  # of the split
+    reversal_repeats: int = 20  # how often each forward sentence of the reversal pairs stands in the training data
+    max_tokens: int | None = None  # stop after about so many tokens
+    num_workers: int | None = None  # tokenising processes; None: one per core
+    overwrite: bool = False  # replace token files made with other settings
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, "reversal_repeats", "seed")
+        check_range(self, 1, "max_tokens", "num_workers")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"val_fraction={self.val_fraction} has to be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """eval.py"""
+
+    tasks: str = "all"  # which of val,reversal,cache to measure, separated by commas; 'all' takes all that apply
+    data_dir: str = "data"  # where the token files are
+    dataset: str | None = None  # score on this dataset; None: the one that the first run was trained on
+    block_size: int | None = None  # tokens per window; None: the smallest that the runs were trained with
+    batch_size: int = 8  # windows at a time
+    out_dir: str = "out/compare"  # where results.json goes
+    device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+    allow_untrained: bool = False  # score a model that was never trained
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "block_size", "batch_size")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """sample.py"""
+
+    prompt: str = ""  # the text to continue; empty starts from the end-of-text token
+    max_new_tokens: int = 128  # tokens to generate
+    temperature: float = 0.8  # 0 is greedy
+    top_k: int | None = 50  # draw from the k likeliest tokens; None: from all
+    num_samples: int = 1  # how many texts
+    data_dir: str = "data"  # where the tokenizer is kept
+    device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+    seed: int = 1337  # of the draws
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, "temperature", "seed")
+        check_range(self, 1, "max_new_tokens", "top_k", "num_samples")
+
+
+PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings}
+SETTINGS: tuple[type, ...] = (*PHASES.values(), PrepSettings, EvalSettings, SampleSettings)
+WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
+
+
+def check_range(settings: object, lowest: float, *names: str) -> None:
+    """Raises InputError if a named setting is below lowest, or not finite; None is left alone."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (value >= lowest and math.isfinite(value)):
+            raise InputError(f"{name}={value} has to be at least {lowest}")
+
+
+# ---------------------------------------------------------------------------------- from the command line to settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line of train.py asks for."""
+
+    settings: Any  # of the phase
+    model_config: Any  # of the model
+    name: str  # of the run's folder, from the names of the config files
+    passed_over: list[str]  # keys of layered files that this model and phase do not have
+
+
+def parse_train(argv: list[str]) -> Job:
+    """train.py's command line: the config that picks model and phase, layers on top of it, overrides."""
+    if wants_help(argv):
+        configs = [config_class for config_class, _ in MODELS.values()]
+        print_help("python train.py [config files] [--key=value ...]", *PHASES.values(), *configs)
+    paths, overrides = split_arguments(argv)
+    files = {path: read_config(path) for path in paths}
+    merged = {key: value for keys in [*files.values(), overrides] for key, value in keys.items()}
+    settings_class: type = PHASES[pick(merged, "phase", "lm", PHASES)]
+    config_class, _ = MODELS[pick(merged, "model", "pythia", MODELS)]
+
+    valid = [*names(settings_class), *names(config_class)]
+    values: dict[str, Any] = {}
+    passed_over: list[str] = []
+    for where, keys in [*files.items(), ("the command line", overrides)]:
+        is_layer = where in files and not keys.keys() & {"model", "phase"}
+        for key, value in keys.items():
+            if key in valid:
+                values[key] = value
+            elif is_layer and key in known_keys():
+                passed_over.append(key)
+            else:
+                raise InputError(unknown_key(key, where, valid, merged))
+    settings: Any = make(settings_class, values)
+    return Job(
+        settings=settings,
+        model_config=make(config_class, divide_widths(config_class, values, settings.width_divisor)),
+        name="-".join(Path(path).stem for path in paths) or "pythia",
+        passed_over=passed_over,
+    )
+
+
+def parse_settings(settings_class: type[S], argv: list[str], takes: str = "[config files]") -> tuple[S, list[str]]:
+    """The command line of a script other than train.py: its settings, and the arguments that are no settings.
+
+    Where the script takes config files, keys of other scripts in them are passed over.
+    """
+    if wants_help(argv):
+        print_help(f"python {Path(sys.argv[0]).name} {takes} [--key=value ...]", settings_class)
+    arguments, values = split_arguments(argv)
+    for key in values:
+        if key not in names(settings_class):
+            raise InputError(unknown_key(key, "the command line", names(settings_class), {}))
+    if takes == "[config files]":
+        for path in reversed(arguments):
+            for key, value in read_config(path).items():
+                if key in names(settings_class):
+                    values.setdefault(key, value)
+                elif key not in known_keys():
+                    raise InputError(unknown_key(key, path, names(settings_class), {}))
+    return make(settings_class, values), arguments
+
+
+def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Arguments that are no options, and the --key=value options, each still a Text; a bare --key is True."""
+    options: dict[str, Any] = {}
+    for argument in argv:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            options[key.replace("-", "_")] = Text(value) if equals else True
+        elif argument.startswith("-"):
+            raise InputError(f"{argument!r} is no option: options are written --key=value")
+    return [a for a in argv if not a.startswith("-")], options
+
+
+class Text(str):
+    """A value as it was typed, not yet of the setting's type."""
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Execute a config file and return what it assigns. Raises InputError if it is not there or does not run."""
+    try:
+        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
+        values: dict[str, Any] = {}
+        exec(code, values)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
+        raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else "")) from None
+    except SyntaxError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid Python ({error.msg})") from None
+    except Exception as error:  # whatever the file's own code raises
+        raise InputError(f"{path} does not run: {type(error).__name__}: {one_line(error)}") from None
+    return {k: v for k, v in values.items() if not k.startswith("__") and not isinstance(v, types.ModuleType)}
+
+
+def pick(values: dict[str, Any], key: str, default: str, table: dict[str, Any]) -> str:
+    """The row of a table that a key names."""
+    name = values.get(key, default)
+    if name not in table:
+        raise InputError(f"{key}={name!r} is not one of {', '.join(table)}")
+    return str(name)
+
+
+def names(cls: type) -> list[str]:
+    """The settable fields of a dataclass."""
+    return [f.name for f in fields(cls) if f.init]
+
+
+def known_keys() -> set[str]:
+    """Every key of every script, phase and model."""
+    return {name for cls in [*SETTINGS, *(config for config, _ in MODELS.values())] for name in names(cls)}
+
+
+def unknown_key(key: str, where: str, valid: list[str], picked: dict[str, Any]) -> str:
+    """The message about a key that cannot stand there, with the nearest one that can."""
+    if key in known_keys():
+        model, phase = picked.get("model", "pythia"), picked.get("phase", "lm")
+        owner = f"model={model!r}, phase={phase!r}" if picked else "this script"
+        return f"{where}: {key!r} is no setting of {owner}; it belongs to another model, phase or script"
+    near = difflib.get_close_matches(key, valid, 1) or difflib.get_close_matches(key, sorted(known_keys()), 1)
+    return f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys")
+
+
+def make(cls: type[S], values: dict[str, Any]) -> S:
+    """Build a settings dataclass from those of the values that it has fields for, each checked against its type."""
+    hints = typing.get_type_hints(cls)
+    checked = {key: convert(key, values[key], hints[key]) for key in names(cls) if key in values}
+    try:
+        return cls(**checked)
+    except ValueError as error:
+        raise InputError(one_line(error)) from None
+
+
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """A value as typed or assigned -> the field's type. Raises InputError if it is of another."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    literal = parse_text(value, options) if isinstance(value, Text) else value
+    for option in options:
+        if option is float and type(literal) is int:
+            return float(literal)
+        if typing.get_origin(option) is Literal and literal in typing.get_args(option):
+            return literal
+        if typing.get_origin(option) is list and isinstance(literal, list | tuple):
+            return [convert(key, item, typing.get_args(option)[0]) for item in literal]
+        if option in (type(literal), None):
+            return literal
+    raise InputError(f"{key}={value!r} has to be {type_name(hint)}")
+
+
+def parse_text(text: Text, options: tuple[Any, ...]) -> Any:
+    """What was typed -> a Python value; where the setting is a string, all but None is taken as it stands."""
+    try:
+        literal = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        literal = {"true": True, "false": False, "none": None}.get(text.lower(), str(text))
+    if literal is None and type(None) in options:
+        return None
+    is_string = any(option is str or typing.get_origin(option) is Literal for option in options)
+    return str(text) if is_string and not isinstance(literal, str) else literal
+
+
+def type_name(hint: Any) -> str:
+    """A type as --help prints it: int, float or None, one of 'a', 'b'."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is list:
+        return f"a list of {type_name(typing.get_args(hint)[0])}"
+    return "None" if hint is type(None) else hint.__name__
+
+
+def divide_widths(config_class: type, values: dict[str, Any], divisor: int) -> dict[str, Any]:
+    """The model's settings with every width divided. Raises InputError where a width is no multiple of the divisor."""
+    divided = dict(values)
+    hints = typing.get_type_hints(config_class)
+    for field in fields(config_class):
+        if field.name in WIDTHS and divisor > 1:
+            width = convert(field.name, values.get(field.name, field.default), hints[field.name])
+            if width % divisor:
+                raise InputError(f"width_divisor={divisor} does not divide {field.name}={width}")
+            divided[field.name] = width // divisor
+    return divided
+
+
+# ------------------------------------------------------------------------------------------------------------- help
+
+
+def wants_help(argv: list[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def print_help(usage: str, *classes: type) -> NoReturn:
+    """Every key with its type, default and the comment behind it; keys that classes share are printed once."""
+    print(f"usage: {usage}")
+    shown: set[str] = set()
+    for cls in classes:
+        hints, comments = typing.get_type_hints(cls), field_comments(cls)
+        own = [f for f in fields(cls) if f.init and f.name not in shown]
+        if own:
+            print(f"\n{(cls.__doc__ or '').splitlines()[0]}  [{cls.__name__}]")
+        for field in own:
+            print(f"  --{field.name}={field.default!r} ({type_name(hints[field.name])})\n      {comments[field.name]}")
+            shown.add(field.name)
+    sys.exit(0)
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, those of its bases included."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
+    return comments
+
+
+# ----------------------------------------------------------------------------- models from settings and from runs
+
+
+def build_model(name: str, model_config: Any) -> Any:
+    """A new model of the table with freshly initialised weights."""
+    return MODELS[name][1](model_config)
+
+
+def model_args(model_config: Any) -> dict[str, Any]:
+    """A model config as plain values, from which MODELS' config class builds it again."""
+    return {key: value for key, value in asdict(model_config).items() if key in names(type(model_config))}
+
+
+def baseline_config(model_config: Any) -> PythiaConfig:
+    """The Pythia of the same widths and depth, which a variant's cache is held against."""
+    shared = set(names(PythiaConfig)) & set(names(type(model_config)))
+    return PythiaConfig(**{name: getattr(model_config, name) for name in shared})
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A run folder (its ckpt.pt) or a checkpoint file -> its contents, on the CPU, nothing executed.
+
+    Raises InputError if there is none, or if it is damaged or of another layout.
+    """
+    file = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise InputError(f"{path} holds no checkpoint: train one with train.py, or name a run folder")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # zip and pickle readers each have errors of their own
+        raise InputError(f"{file} cannot be read ({type(error).__name__}): truncated, or no checkpoint") from None
+    missing = {"model", "model_args", "iter_num", "config"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing or checkpoint["config"].get("model") not in MODELS:
+        raise InputError(f"{file} is no checkpoint of this version of the project: train it again")
+    return checkpoint
+
+
+def rebuild_model(checkpoint: dict[str, Any], source: str | Path) -> Any:
+    """The trained model of a checkpoint. Raises InputError if its weights and settings do not belong together."""
+    config_class, model_class = MODELS[checkpoint["config"]["model"]]
+    try:
+        model = model_class(config_class(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source} is of another version of its model: {one_line(error)[:200]}") from None
+    return model
+
+
+def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
+    """A trained model by run folder, checkpoint file, Hugging Face folder or hub id; and its checkpoint, if any."""
+    path = Path(source)
+    if (path / "ckpt.pt").is_file() or path.is_file():
+        checkpoint = read_checkpoint(path)
+        return rebuild_model(checkpoint, source), checkpoint
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{source} holds neither a checkpoint nor Hugging Face weights")
+    try:
+        return PythiaModel.from_pretrained(source), None
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(one_line(error)) from None
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' takes CUDA, then Apple MPS, then the CPU. Raises InputError if a named device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name!r} cannot be used here: {one_line(error)[:120]}") from None
+
+
+# ------------------------------------------------------------------------------------------------------ every script
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main; bad input and a full disk end it with one line on stderr and status 2, Ctrl-C with 130."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(fail(one_line(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        sys.exit(fail(f"{error.strerror}: {error.filename or 'while writing'}; what was complete before is kept"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,181 @@
+"""MLA-Pythia: multi-head latent attention with ALiBi.
+
+DeepSeek-V2 (arXiv 2405.04434, section 2.1) without its decoupled RoPE key. Keys and values are two linear maps of one
+narrow latent, so the latent is all that has to be remembered; positions come from ALiBi (arXiv 2108.12409), so no
+rotated key has to be stored beside it.
+
+    x --> W_DKV --> c_kv --> W_UK --> k ---.                     cached: c_kv alone, L numbers per layer and token
+                      \\----> W_UV --> v -. |
+    x --> W_Q  -------------------> q --> softmax(q k^T / sqrt(D) - m (i - j)) v --> W_O
+
+With L = kv_dim = 128 and 6 layers a token costs 768 numbers (3,072 bytes in float32) instead of 6,144: 87.5% less.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from pythia_base import PythiaConfig, PythiaModel, merge_heads, require_positive, split_heads
+
+
+@dataclass(frozen=True)
+class MLAConfig(PythiaConfig):
+    """Pythia's shape, with a latent in place of keys and values and ALiBi in place of RoPE."""
+
+    kv_dim: int = 128  # width L of the latent, all that is cached of a token in a layer
+    alibi_slope: float = 0.0625  # m, what a score loses per token of distance, the same for all heads
+    rotary_pct: float = field(default=0.0, init=False)
+    rotary_base: float = field(default=10000.0, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "kv_dim")
+        if self.kv_dim > self.hidden_size:
+            raise ValueError(f"kv_dim={self.kv_dim} is above hidden_size={self.hidden_size}: nothing would shrink")
+        if self.alibi_slope < 0:
+            raise ValueError(f"alibi_slope={self.alibi_slope} has to be at least 0")
+
+
+class ALiBiPositionEncoding:
+    """Attention with linear biases (Press et al. 2021): a key loses slope x its distance from the query."""
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def apply_to_scores(self, scores: Tensor, seq_len: int) -> Tensor:
+        """scores - m (i - j) for j <= i, else -inf. scores (..., T, P) of the last seq_len = T of P positions."""
+        positions = torch.arange(scores.size(-1), device=scores.device)
+        distance = positions[-seq_len:, None] - positions[None, :]  # i - j: the past is positive
+        return (scores - self.slope * distance).masked_fill(distance < 0, -math.inf)
+
+
+def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
+    """softmax(q k^T / sqrt(D) - m (i - j)) v as plain causal attention, (B, H, T, D), on the fused kernels.
+
+    Softmax ignores what is constant in a row, so -m (i - j) and +m j are the same bias, and a product of one more
+    dimension of q and k can carry it: (m sqrt(D)) j / sqrt(D). bfloat16 counts exactly to 256 only, hence two
+    dimensions, j = 64 (j // 64) + j % 64. Keys, queries and values are padded alike, or SDPA leaves its fast path.
+    """
+    B, H, T, D = q.shape
+    P = k.size(-2)
+    j = torch.arange(P, device=q.device)
+    extra = -(-(D + 2) // 8) * 8 - D  # up to the next multiple of 8, the width that the kernels want
+    k_bias = F.pad(torch.stack([j // 64 * 64, j % 64], dim=-1), (0, extra - 2)).to(k.dtype)  # (P, extra)
+    q_bias = q.new_full((T, extra), slope * math.sqrt(D))
+    q = torch.cat([q, q_bias.expand(B, H, -1, -1)], dim=-1)
+    k = torch.cat([k, k_bias.expand(B, H, -1, -1)], dim=-1)
+    v = F.pad(v, (0, extra))
+    mask = None if T == P else torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(D))
+    return out[..., :D]
+
+
+class LatentCache:
+    """One layer's latents, (B, max_len, L)."""
+
+    def __init__(self, batch_size: int, max_len: int, kv_dim: int, like: Tensor) -> None:
+        self.c_kv = like.new_zeros(batch_size, max_len, kv_dim)
+
+    def append(self, c_kv: Tensor, start: int) -> Tensor:
+        """Write c_kv (B, T, L) at position start; returns all latents so far, (B, P, L)."""
+        end = start + c_kv.size(1)
+        self.c_kv[:, start:end] = c_kv
+        return self.c_kv[:, :end]
+
+
+class LatentAttention(nn.Module):
+    """MLA: expanded for training and long prompts, absorbed for decoding; the two are equal."""
+
+    def __init__(self, config: MLAConfig) -> None:
+        super().__init__()
+        C, L = config.hidden_size, config.kv_dim
+        self.config = config
+        self.W_DKV = nn.Linear(C, L, bias=False)
+        self.W_Q = nn.Linear(C, C, bias=False)
+        self.W_UK = nn.Linear(L, C, bias=False)
+        self.W_UV = nn.Linear(L, C, bias=False)
+        self.W_O = nn.Linear(C, C, bias=False)
+        self.alibi = ALiBiPositionEncoding(config.alibi_slope)
+
+    def init_cache(self, batch_size: int, max_len: int) -> LatentCache:
+        return LatentCache(batch_size, max_len, self.config.kv_dim, like=self.W_DKV.weight)
+
+    def forward(self, x: Tensor, start: int, cache: LatentCache | None) -> Tensor:
+        """x (B, T, C), its first token at position start -> (B, T, C)."""
+        q = split_heads(self.W_Q(x), self.config.num_heads)  # (B, H, T, D)
+        c_kv = self.W_DKV(x)  # (B, T, L)
+        if cache is not None:
+            c_kv = cache.append(c_kv, start).to(q.dtype)  # (B, P, L)
+        attend = self.absorbed if cache is not None and self.absorbing_is_cheaper(x.size(1)) else self.expanded
+        return self.W_O(merge_heads(attend(q, c_kv)))
+
+    def absorbing_is_cheaper(self, T: int) -> bool:
+        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D)."""
+        L, D = self.config.kv_dim, self.config.head_size
+        return T * (L - D) < L * D
+
+    def expanded(self, q: Tensor, c_kv: Tensor) -> Tensor:
+        """Rebuild every key and value: k = c_kv W_UK, v = c_kv W_UV. q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)."""
+        k = split_heads(self.W_UK(c_kv), self.config.num_heads)  # (B, H, P, D)
+        v = split_heads(self.W_UV(c_kv), self.config.num_heads)
+        return alibi_attention(q, k, v, self.config.alibi_slope)
+
+    def absorbed(self, q: Tensor, c_kv: Tensor) -> Tensor:
+        """q k^T = (q W_UK^T) c_kv^T, so queries move into the latent space and no key or value is rebuilt.
+
+        q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)
+        """
+        B, H, T, D = q.shape
+        W_UK = self.W_UK.weight.view(H, D, -1).to(q.dtype)  # (H, D, L)
+        W_UV = self.W_UV.weight.view(H, D, -1).to(q.dtype)
+        q_latent = (q @ W_UK).flatten(1, 2)  # (B, H T, L): one product serves all heads
+        scores = (q_latent @ c_kv.transpose(1, 2)).view(B, H, T, -1) / math.sqrt(D)  # (B, H, T, P)
+        weights = self.alibi.apply_to_scores(scores, T).softmax(dim=-1).to(c_kv.dtype)
+        out_latent = (weights.flatten(1, 2) @ c_kv).view(B, H, T, -1)  # (B, H, T, L)
+        return out_latent @ W_UV.transpose(1, 2)
+
+
+class MLAPythiaModel(PythiaModel):
+    """Pythia with latent attention in all layers."""
+
+    config: MLAConfig
+
+    def make_attention(self, layer: int) -> LatentAttention:
+        return LatentAttention(self.config)
+
+    def init_weights(self, module: nn.Module) -> None:
+        super().init_weights(module)
+        if isinstance(module, LatentAttention):
+            nn.init.normal_(module.W_O.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+
+    def convert(self, source: PythiaModel) -> dict[str, Tensor]:
+        """Keys and values of a baseline -> latents: truncated SVD of the stacked weights (TransMLA, arXiv 2502.07864).
+
+        [W_K; W_V] = U S V^T  ~  [W_UK; W_UV] W_DKV,   [W_UK; W_UV] = U sqrt(S), W_DKV = sqrt(S) V^T, L columns of each.
+        What the attention adds whatever it attends to (its own bias, and the value bias, since weights sum to 1) moves
+        into the bias of the parallel MLP. Biases of queries and keys have no place here and are dropped.
+        """
+        weights, H, L = source.state_dict(), self.config.num_heads, self.config.kv_dim
+        converted: dict[str, Tensor] = {}
+        for i in range(self.config.num_layers):
+            if f"layers.{i}.attention.query_key_value.weight" not in weights:
+                continue  # not the baseline's attention
+            theirs, mlp_bias = f"layers.{i}.attention", f"layers.{i}.mlp.dense_4h_to_h.bias"
+            W_Q, W_K, W_V = weights[f"{theirs}.query_key_value.weight"].unflatten(0, (H, 3, -1)).unbind(1)  # (H, D, C)
+            b_V = weights[f"{theirs}.query_key_value.bias"].unflatten(0, (H, 3, -1))[:, 2].flatten()
+            W_O, b_O = weights[f"{theirs}.dense.weight"], weights[f"{theirs}.dense.bias"]
+            U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).flatten(0, 1).double(), full_matrices=False)
+            W_UK, W_UV = (U[:, :L] * S[:L].sqrt()).float().chunk(2)  # (C, L) each
+            converted |= {
+                f"{theirs}.W_Q.weight": W_Q.flatten(0, 1),
+                f"{theirs}.W_DKV.weight": (S[:L].sqrt()[:, None] * Vt[:L]).float(),
+                f"{theirs}.W_UK.weight": W_UK,
+                f"{theirs}.W_UV.weight": W_UV,
+                f"{theirs}.W_O.weight": W_O,
+                mlp_bias: weights[mlp_bias] + b_O + W_O @ b_V,
+            }
+        return converted

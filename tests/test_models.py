@@ -1,0 +1,142 @@
+"""What holds for every model: causal, streamable, row-independent, and a cache that counts what it allocates.
+
+A new model joins by one line in CONFIGS.
+"""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from configurator import MODELS
+from model_mla import MLAConfig
+from pythia_base import PythiaConfig
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48
+}  # fmt: skip
+CONFIGS = {
+    "pythia": PythiaConfig(**SMALL, rotary_pct=0.5),
+    "mla": MLAConfig(**SMALL, kv_dim=12),
+    "mla-steep": MLAConfig(**SMALL, kv_dim=12, alibi_slope=0.7),
+}
+B, T = 3, 41
+every_model = pytest.mark.parametrize("name", CONFIGS)
+
+
+def make_model(name: str) -> Any:
+    """A model with weights large enough that attention is far from uniform."""
+    torch.manual_seed(0)
+    model = dict(MODELS.values())[type(CONFIGS[name])](CONFIGS[name])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    return model.eval()
+
+
+def make_tokens() -> torch.Tensor:
+    return torch.randint(SMALL["vocab_size"], (B, T), generator=torch.Generator().manual_seed(1))
+
+
+@every_model
+def test_causal(name: str) -> None:
+    """Changing token t changes no logit before t, and does change the one at t."""
+    model, idx = make_model(name), make_tokens()
+    before = model(idx)[0]
+    for t in (0, 1, T // 2, T - 1):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % SMALL["vocab_size"]
+        after = model(changed)[0]
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+@every_model
+@pytest.mark.parametrize("seed", range(4))
+def test_streamable(name: str, seed: int) -> None:
+    """The logits of chunks of any sizes, fed through the cache, are those of one full pass."""
+    model, idx, rng = make_model(name), make_tokens(), random.Random(seed)
+    full = model(idx)[0]
+    cache = model.init_cache(batch_size=B, max_len=T)
+    while cache.length < T:
+        start, size = cache.length, rng.choice([1, 1, 2, 3, 7, 16])
+        logits = model(idx[:, start : start + size], cache=cache)[0]
+        torch.testing.assert_close(logits, full[:, start : start + size], atol=1e-4, rtol=0)
+    assert cache.length == T
+
+
+@every_model
+def test_row_independent(name: str) -> None:
+    """A row's logits do not depend on the other rows of the batch."""
+    model, idx = make_model(name), make_tokens()
+    together = model(idx)[0]
+    for row in range(B):
+        torch.testing.assert_close(model(idx[row : row + 1])[0], together[row : row + 1], atol=1e-5, rtol=0)
+
+
+@every_model
+def test_loss_is_the_mean_cross_entropy_of_the_logits(name: str) -> None:
+    model, idx = make_model(name), make_tokens()
+    targets = idx.roll(-1, dims=1)
+    targets[:, -5:] = -100
+    logits, loss = model(idx, targets)
+    log_probs = logits.double().log_softmax(dim=-1)
+    expected = -torch.stack([log_probs[b, t, targets[b, t]] for b in range(B) for t in range(T - 5)]).mean()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
+    assert model(idx, targets, return_logits=False)[0] is None
+
+
+@every_model
+def test_loss_without_logits_has_the_same_value_and_gradients(name: str) -> None:
+    model, idx = make_model(name), make_tokens()
+    targets = idx.roll(-1, dims=1)
+    targets[0, :7] = -100
+    results = []
+    for return_logits in (True, False):
+        model.zero_grad()
+        loss = model(idx, targets, return_logits=return_logits)[1]
+        (3 * loss).backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+    assert len(results[0][1]) > 0
+
+
+@every_model
+def test_greedy_generation_follows_the_full_pass(name: str) -> None:
+    model, prompt = make_model(name), make_tokens()[:, :9]
+    out = model.generate(prompt, max_new_tokens=12, temperature=0.0, top_k=None)
+    for end in range(9, 21):
+        assert torch.equal(model(out[:, :end])[0][:, -1].argmax(-1), out[:, end])
+
+
+@every_model
+def test_the_cache_counts_its_tensors_and_refuses_to_overflow(name: str) -> None:
+    model, idx = make_model(name), make_tokens()
+    cache = model.init_cache(batch_size=B, max_len=T)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache.tensors()}
+    assert cache.nbytes == sum(storages.values())
+    model(idx, cache=cache)
+    assert {t.untyped_storage().data_ptr() for t in cache.tensors()} == storages.keys(), "decoding allocated anew"
+    with pytest.raises(ValueError, match="cache holds 41 tokens"):
+        model(idx[:, :1], cache=cache)
+
+
+@every_model
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    model, idx = make_model(name), make_tokens()
+    model(idx, idx.roll(-1, dims=1))[1].backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+
+
+@every_model
+def test_starting_from_a_baseline_reports_every_tensor(name: str) -> None:
+    """What is copied equals the baseline's; every tensor is accounted for."""
+    torch.manual_seed(3)
+    baseline = MODELS["pythia"][1](PythiaConfig(**SMALL))
+    model = make_model(name)
+    report = model.start_from(baseline)
+    theirs, mine = baseline.state_dict(), model.state_dict()
+    assert set(report) == set(mine)
+    assert set(report.values()) <= {"copied", "converted", "new"}
+    assert all(torch.equal(mine[k], theirs[k]) for k, how in report.items() if how == "copied")
+    assert report["embed_in.weight"] == "copied"
