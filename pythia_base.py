@@ -302,13 +302,19 @@ class PythiaModel(nn.Module):
         return self.final_layer_norm(h)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, return_logits: bool = True
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        return_logits: bool = True,
+        **inputs: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V), and the mean cross entropy if there are targets (B, T), -100 left out.
 
-        return_logits=False (training) returns None for the logits, and never holds them.
+        return_logits=False (training) returns None for the logits, and never holds them. What else a variant's
+        hidden_states reads, such as contexts, is passed on to it.
         """
-        h = self.hidden_states(idx, cache)
+        h = self.hidden_states(idx, cache, **inputs)
         if targets is not None and not return_logits:
             return None, head_loss(h, self.embed_out.weight, targets)
         logits = self.embed_out(h)
