@@ -27,12 +27,17 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
+from model_context import ContextKVConfig, ContextKVPythiaModel, ContextPythiaConfig, ContextPythiaModel
+from model_infini import InfiniConfig, InfiniPythiaModel
 from model_mla import MLAConfig, MLAPythiaModel
 from pythia_base import PythiaConfig, PythiaModel
 
 MODELS: dict[str, tuple[type, type]] = {
     "pythia": (PythiaConfig, PythiaModel),
     "mla": (MLAConfig, MLAPythiaModel),
+    "context": (ContextPythiaConfig, ContextPythiaModel),
+    "context_kv": (ContextKVConfig, ContextKVPythiaModel),
+    "infini": (InfiniConfig, InfiniPythiaModel),
 }
 
 S = TypeVar("S")
@@ -101,6 +106,27 @@ class LMSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
+class Phase1Settings(TrainSettings):
+    """Training a ContextBlock alone, without labels (OACD)."""
+
+    num_tokens: int = 100_000  # of the training tokens, from the first on
+    max_iterations: int = 100  # passes over all of them, one optimizer step each
+    convergence_threshold: float = 0.03  # a context that moves by less, mean squared, has settled
+    learning_rate: float = 0.003  # Adam
+    batch_size: int = 5_000  # tokens on the device at a time
+    gradient_clip: float = 2.0  # largest norm of the gradient; 0 does not clip
+    context_noise: float = 0.05  # standard deviation of what is added to the input contexts
+    early_stopping_threshold: float = 0.9  # stop once this share of the contexts has settled
+    centroid_weight: float = 0.1  # weight of the loss term that keeps the contexts' mean at the origin
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, "num_tokens", "max_iterations", "batch_size")
+        check_range(self, 0, "convergence_threshold", "learning_rate", "gradient_clip", "context_noise")
+        check_range(self, 0, "early_stopping_threshold", "centroid_weight")
+
+
+@dataclass(frozen=True)
 class PrepSettings:
     """prep.py"""
 
@@ -158,7 +184,7 @@ class SampleSettings:
         check_range(self, 1, "max_new_tokens", "top_k", "num_samples")
 
 
-PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings}
+PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings}
 SETTINGS: tuple[type, ...] = (*PHASES.values(), PrepSettings, EvalSettings, SampleSettings)
 WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
 
@@ -316,7 +342,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
             return float(literal)
         if typing.get_origin(option) is Literal and literal in typing.get_args(option):
             return literal
-        if typing.get_origin(option) is list and isinstance(literal, list | tuple):
+        if typing.get_origin(option) in (list, tuple) and isinstance(literal, list | tuple):
             return [convert(key, item, typing.get_args(option)[0]) for item in literal]
         if option in (type(literal), None):
             return literal
@@ -341,7 +367,7 @@ def type_name(hint: Any) -> str:
         return " or ".join(type_name(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) is list:
+    if typing.get_origin(hint) in (list, tuple):
         return f"a list of {type_name(typing.get_args(hint)[0])}"
     return "None" if hint is type(None) else hint.__name__
 

@@ -12,6 +12,7 @@ Letters, for the whole project:
     B rows of a batch      T tokens of this call      P tokens attended to, cached and new (P = T without a cache)
     C hidden_size          H heads                    D head size, C / H
     V vocabulary rows      R rotated share of a head  L latent (kv_dim)     E context_dim     S segment_len
+    G memories per head
 """
 
 import json

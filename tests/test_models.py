@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from configurator import MODELS
+from model_context import ContextKVConfig, ContextPythiaConfig
+from model_infini import InfiniConfig
 from model_mla import MLAConfig
 from pythia_base import PythiaConfig
 
@@ -20,6 +22,14 @@ CONFIGS = {
     "pythia": PythiaConfig(**SMALL, rotary_pct=0.5),
     "mla": MLAConfig(**SMALL, kv_dim=12),
     "mla-steep": MLAConfig(**SMALL, kv_dim=12, alibi_slope=0.7),
+    "context": ContextPythiaConfig(**SMALL, context_dim=12),
+    "context_kv": ContextKVConfig(**SMALL, context_dim=12, context_layers=(0, 2), context_interval=4, max_contexts=3),
+    "infini": InfiniConfig(**SMALL, segment_len=8),
+    "infini-plain": InfiniConfig(**SMALL, segment_len=5, use_delta_rule=False),
+    "infini-alibi": InfiniConfig(**SMALL, segment_len=5, use_alibi=True, alibi_scale=2.0),
+    "infini-banks": InfiniConfig(**SMALL, segment_len=3, num_memory_banks=2, segments_per_bank=2, use_alibi=True),
+    "infini-multi": InfiniConfig(**SMALL, segment_len=4, num_memories=3),
+    "infini-multi-sums": InfiniConfig(**SMALL, segment_len=4, num_memories=3, normalize_relevance=False),
 }
 B, T = 3, 41
 every_model = pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,296 @@
+"""Infini-Pythia: layer 0 attends to a memory of fixed size, layers 1-5 are Pythia's.
+
+Infini-attention (Munkhdalai et al. 2024, arXiv 2404.07143), the memory alone: no local attention and no positions in
+layer 0. The sequence is cut into segments of S tokens. A segment reads what those before it have left in a matrix M
+and a normaliser z per head, and only then is written itself; nothing of it is seen within it, which makes it causal.
+
+                  segment 1              segment 2              segment 3, open
+    tokens    [ t1 ........ tS ]     [ tS+1 ..... t2S ]     [ t2S+1  t2S+2
+                ^           |          ^           |          ^        |
+           read |     write |     read |     write |     read |        '--> pending, to be written
+                |           v          |           v          |             when the segment closes
+    memory      0 ------> M_1, z_1 ----'-----> M_2, z_2 ------'
+
+There can be several such memories, G of them. A segment is written to the one whose turn it is; a query reads all.
+    banks           segments_per_bank segments each, round and round; mixed by a learned share per head and bank
+    multi-memory    one segment each, round and round; mixed by their relevance to the query
+ALiBi decay: before a segment is written, what is there fades by exp(-slope).
+
+Cached: in layer 0, whatever the length, 8 x (64 x 64 + 64) numbers = 133,120 bytes in float32 for each memory, and as
+many again for the open segment; in layers 1-5 keys and values, 5,120 numbers a token.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from pythia_base import Cache, PythiaConfig, PythiaModel, merge_heads, require_positive, split_heads
+
+
+@dataclass(frozen=True)
+class InfiniConfig(PythiaConfig):
+    """Pythia's shape, with a memory in place of the attention of layer 0."""
+
+    segment_len: int = 32  # tokens S of a segment: read together, written together
+    use_delta_rule: bool = True  # write only what the memory does not yet return; False: plain sums
+    num_memory_banks: int = 1  # memories filled one after the other, mixed by a learned share per head and bank
+    segments_per_bank: int = 4  # segments in a row that go to the same bank
+    num_memories: int = 1  # memories written in turn, mixed by their relevance to each query
+    normalize_relevance: bool = True  # relevance per token written; False: sums over all of them
+    use_alibi: bool = False  # older segments weigh less
+    alibi_scale: float = 1.0  # times ALiBi's slopes, 2^-1 ... 2^-8 for 8 heads
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("segment_len", "num_memory_banks", "segments_per_bank", "num_memories"):
+            require_positive(self, name)
+        if self.num_memory_banks > 1 and self.num_memories > 1:
+            raise ValueError(
+                f"num_memory_banks={self.num_memory_banks} and num_memories={self.num_memories}: "
+                "banks and multi-memory exclude one another, leave one of them at 1"
+            )
+        if self.alibi_scale < 0:
+            raise ValueError(f"alibi_scale={self.alibi_scale} has to be at least 0")
+
+    @property
+    def total_memories(self) -> int:
+        """G, the banks or the memories."""
+        return max(self.num_memory_banks, self.num_memories)
+
+    @property
+    def tokens_per_turn(self) -> int:
+        """Tokens that go to one memory before it is the next one's turn."""
+        return self.segment_len * (self.segments_per_bank if self.num_memory_banks > 1 else 1)
+
+
+# ------------------------------------------------------------------------------------------------------ the memory
+
+
+class Memory:
+    """What layer 0 remembers of B sequences, each its own; float32 whatever the model's dtype.
+
+    M and z stand side by side in one matrix, [M z], D rows of D + 1: one product reads both, one product writes both.
+    """
+
+    def __init__(self, batch_size: int, config: InfiniConfig, like: Tensor) -> None:
+        B, G, H, D = batch_size, config.total_memories, config.num_heads, config.head_size
+        self.Mz = like.new_zeros(B, G, H, D, D + 1, dtype=torch.float32)
+        self.pending = like.new_zeros(B, H, D, D + 1, dtype=torch.float32)  # what the open segment will add
+        self.written = like.new_zeros(B, G, dtype=torch.int64)  # tokens in each memory
+
+    def store(self, new: "Memory") -> None:
+        """Take over new's tensors, with their graph."""
+        vars(self).update(vars(new))
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of M and z."""
+        return self.Mz.nbytes
+
+    @property
+    def pending_nbytes(self) -> int:
+        """Bytes of what the open segment will add."""
+        return self.pending.nbytes
+
+
+class MemoryCache(Memory):
+    """The memory as decoding keeps it: allocated once."""
+
+    def store(self, new: Memory) -> None:
+        for name, tensor in vars(self).items():
+            tensor.copy_(getattr(new, name))
+
+
+class CarriedMemory(Cache):
+    """Layer 0's memory from window to window of long documents, a document per row.
+
+    To the model it is a cache that only layer 0 remembers anything in: every window stands at positions from 0. Windows
+    are whole segments, so that rows need not be at the same point of their documents.
+    """
+
+    def __init__(self, batch_size: int, config: InfiniConfig, like: Tensor) -> None:
+        self.memory = Memory(batch_size, config, like)
+        self.segment_len = config.segment_len
+        super().__init__([self.memory] + [None] * (config.num_layers - 1), config.max_position_embeddings)
+
+    def extend(self, num_tokens: int) -> int:
+        """Open a window: its first position, 0. Raises ValueError if it would end within a segment."""
+        if num_tokens % self.segment_len:
+            raise ValueError(
+                f"a window of {num_tokens} tokens ends within a segment: a carried memory needs "
+                f"windows that are a multiple of segment_len={self.segment_len}"
+            )
+        return 0
+
+    def detach(self) -> None:
+        """Truncated backpropagation: the next window reads what the last one wrote, its gradient stays out."""
+        self.load_state_dict(self.state_dict())
+
+    def reset(self, rows: Tensor) -> None:
+        """Forget the documents that have ended: rows (B,), True where the next window begins a new one."""
+        for name, tensor in vars(self.memory).items():
+            setattr(self.memory, name, tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors, for a checkpoint."""
+        return {name: tensor.detach() for name, tensor in vars(self.memory).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in vars(self.memory).items():
+            setattr(self.memory, name, state[name].to(tensor))
+
+
+# --------------------------------------------------------------------------------------------------- the attention
+
+
+def phi(x: Tensor) -> Tensor:
+    """The features of queries and keys, ELU(x) + 1: positive, so that no normaliser crosses zero."""
+    return F.elu(x) + 1
+
+
+def retrieve(x: Tensor, Mz: Tensor) -> tuple[Tensor, Tensor]:
+    """A = x M / (x z), equation (3), and x z, for features x (..., T, D) and Mz (..., D, D + 1).
+
+    An empty memory returns 0: its normaliser is replaced before the division, not the quotient after it, whose gradient
+    would still be 0/0.
+    """
+    xM, xz = (x @ Mz).split([x.size(-1), 1], dim=-1)  # (..., T, D), (..., T, 1)
+    return xM / xz.where(xz > 0, 1), xz
+
+
+def piece_sizes(start: int, T: int, S: int) -> list[int]:
+    """How many of the T tokens from position start fall into each segment."""
+    return [end - begin for begin, end in pairwise([0, *range(S - start % S, T, S), T])]
+
+
+class InfiniAttention(nn.Module):
+    """Infini-attention without its local half: all that a query sees is what closed segments wrote."""
+
+    def __init__(self, config: InfiniConfig) -> None:
+        super().__init__()
+        C, G, H = config.hidden_size, config.total_memories, config.num_heads
+        self.config = config
+        self.W_Q = nn.Linear(C, C, bias=False)
+        self.W_K = nn.Linear(C, C, bias=False)
+        self.W_V = nn.Linear(C, C, bias=False)
+        self.W_O = nn.Linear(C, C, bias=False)
+        if config.num_memory_banks > 1:
+            self.bank_scores = nn.Parameter(torch.zeros(G, H))
+        self.slopes: Tensor
+        slopes = config.alibi_scale * 2 ** (-8 / H * torch.arange(1, H + 1))
+        self.register_buffer("slopes", slopes[:, None, None], persistent=False)  # (H, 1, 1)
+
+    def init_cache(self, batch_size: int, max_len: int) -> MemoryCache:
+        return MemoryCache(batch_size, self.config, like=self.W_Q.weight)
+
+    def forward(self, x: Tensor, start: int, cache: Memory | None) -> Tensor:
+        """x (B, T, C), its first token at position start -> (B, T, C)."""
+        q, k, v = (split_heads(W(x), self.config.num_heads) for W in (self.W_Q, self.W_K, self.W_V))  # (B, H, T, D)
+        memory = Memory(x.size(0), self.config, like=x) if cache is None else copy.copy(cache)
+        with torch.autocast(x.device.type, enabled=False):  # sums over a whole document: float32
+            A = self.attend(phi(q.float()), phi(k.float()), v.float(), start, memory)
+        if cache is not None:
+            cache.store(memory)
+        return self.W_O(merge_heads(A).to(q.dtype))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, memory: Memory) -> Tensor:
+        """Segment by segment, read first; a segment is written where it ends. q, k, v (B, H, T, D) -> (B, H, T, D)."""
+        S = self.config.segment_len
+        sizes = piece_sizes(start, q.size(2), S)
+        A = []
+        for q_s, k_s, v_s in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
+            A.append(self.read(q_s, memory))
+            # every write of an open segment starts from the same M_{s-1}, so that their sum is all there is to keep
+            memory.pending = memory.pending + self.update(k_s, v_s, memory)
+            start += q_s.size(2)
+            if start % S == 0:
+                self.close_segment(memory)
+        return torch.cat(A, dim=2)
+
+    def read(self, q: Tensor, memory: Memory) -> Tensor:
+        """The mixture of what all memories return to the features q (B, H, T, D) -> (B, H, T, D)."""
+        A, qz = retrieve(q[:, None], memory.Mz)  # (B, G, H, T, D), (B, G, H, T, 1)
+        written = memory.written[:, :, None, None, None]
+        if self.config.num_memory_banks > 1:
+            scores = self.bank_scores[:, :, None, None].float()  # (G, H, 1, 1)
+        else:  # relevance: the query's own, and at hand already
+            scores = qz / written.clamp(min=1) if self.config.normalize_relevance else qz
+        scores = scores.where(written > 0, torch.finfo(torch.float32).min)  # not -inf: at first all of them are empty
+        return (scores.softmax(dim=1) * A).sum(dim=1)
+
+    def update(self, k: Tensor, v: Tensor, memory: Memory) -> Tensor:
+        """What the features k and the values v (B, H, T, D) add to the memory whose turn it is, (B, H, D, D + 1).
+
+        [phi(K)^T V, sum of phi(K)], equation (4); by the delta rule phi(K)^T (V - what M returns to phi(K)), (5).
+        """
+        if self.config.use_delta_rule:
+            v = v - retrieve(k, memory.Mz[self.turn(memory)])[0]
+        return k.transpose(-2, -1) @ F.pad(v, (0, 1), value=1.0)
+
+    def turn(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The index into (B, G) of the memory that each row's open segment goes to."""
+        rows = torch.arange(memory.written.size(0), device=memory.written.device)
+        return rows, memory.written.sum(dim=1) // self.config.tokens_per_turn % self.config.total_memories
+
+    def close_segment(self, memory: Memory) -> None:
+        """Write what is pending: M_s = M_{s-1} + pending, z alike; with ALiBi what was there fades first."""
+        turn = self.turn(memory)
+        tokens = torch.full_like(turn[0], self.config.segment_len)
+        faded = memory.Mz * torch.exp(-self.slopes.float()) if self.config.use_alibi else memory.Mz
+        memory.Mz = faded.index_put(turn, memory.pending, accumulate=True)
+        memory.written = memory.written.index_put(turn, tokens, accumulate=True)
+        memory.pending = torch.zeros_like(memory.pending)
+
+
+class InfiniPythiaModel(PythiaModel):
+    """Pythia whose layer 0 is a memory."""
+
+    config: InfiniConfig
+
+    def make_attention(self, layer: int) -> nn.Module:
+        return InfiniAttention(self.config) if layer == 0 else super().make_attention(layer)
+
+    def init_weights(self, module: nn.Module) -> None:
+        super().init_weights(module)
+        if isinstance(module, InfiniAttention):
+            nn.init.normal_(module.W_O.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+
+    def init_memory(self, batch_size: int) -> CarriedMemory:
+        """An empty memory for batch_size documents that are fed window by window, model(idx, memory=memory)."""
+        return CarriedMemory(batch_size, self.config, like=self.embed_in.weight)
+
+    def hidden_states(self, idx: Tensor, cache: Cache | None = None, memory: CarriedMemory | None = None) -> Tensor:
+        """As PythiaModel.hidden_states. With a memory, idx is the next window of each row's document.
+
+        Layer 0 reads what the windows before it left, and adds to it; the other layers see this window alone.
+        """
+        if cache is not None and memory is not None:
+            raise ValueError("a cache holds a memory of its own: give either cache or memory")
+        return super().hidden_states(idx, cache if memory is None else memory)
+
+    def convert(self, source: PythiaModel) -> dict[str, Tensor]:
+        """Layer 0's projections are the baseline's; phi takes the place of RoPE and softmax.
+
+        The baseline's weights sum to 1, so that its value and output biases add W_O b_V + b_O whatever is attended to:
+        that moves into the bias of the parallel MLP. Biases of queries and keys have no place here and are dropped.
+        """
+        weights, theirs, mlp_bias = source.state_dict(), "layers.0.attention", "layers.0.mlp.dense_4h_to_h.bias"
+        if f"{theirs}.query_key_value.weight" not in weights:
+            return {}  # not the baseline's attention
+        heads = (self.config.num_heads, 3, -1)
+        W_Q, W_K, W_V = weights[f"{theirs}.query_key_value.weight"].unflatten(0, heads).unbind(1)  # (H, D, C)
+        b_V = weights[f"{theirs}.query_key_value.bias"].unflatten(0, heads)[:, 2].flatten()
+        W_O, b_O = weights[f"{theirs}.dense.weight"], weights[f"{theirs}.dense.bias"]
+        return {
+            f"{theirs}.W_Q.weight": W_Q.flatten(0, 1),
+            f"{theirs}.W_K.weight": W_K.flatten(0, 1),
+            f"{theirs}.W_V.weight": W_V.flatten(0, 1),
+            f"{theirs}.W_O.weight": W_O,
+            mlp_bias: weights[mlp_bias] + b_O + W_O @ b_V,
+        }
