@@ -231,19 +231,17 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """h (N, C) and weight (V, C) of one dtype, targets (N,) -> scalar loss in float32."""
-        kept = targets != -100
+        kept = (targets != -100)[:, None]
+        targets = targets.clamp(min=0)[:, None]
         dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), device=h.device)
-        for rows, target, keep, dh_rows in zip(*(x.split(LOSS_ROWS) for x in (h, targets, kept, dh)), strict=True):
-            logits = (rows @ weight.T).float()  # (LOSS_ROWS, V)
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            index = target.clamp(min=0)[:, None]
-            total += (log_z - logits.gather(1, index)).masked_fill(~keep[:, None], 0).sum()
-            grad = logits.sub_(log_z).exp_()  # p
-            grad.scatter_add_(1, index, torch.full_like(log_z, -1.0))  # p - y
-            grad = grad.masked_fill_(~keep[:, None], 0).to(h.dtype)
-            dh_rows.copy_(grad @ weight)
-            dw += grad.T @ rows
+        for i in range(0, len(h), LOSS_ROWS):
+            rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
+            log_p = (rows @ weight.T).log_softmax(dim=-1, dtype=torch.float32)  # (LOSS_ROWS, V)
+            total -= (log_p.gather(1, y) * keep).sum()
+            grad = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)).to(h.dtype)  # p - y
+            torch.mul(grad @ weight, keep, out=dh[i : i + LOSS_ROWS])
+            dw += grad.T @ (rows * keep)
         ctx.count = kept.sum().clamp(min=1)
         ctx.save_for_backward(dh, dw.to(weight.dtype))
         return total / ctx.count
