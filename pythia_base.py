@@ -46,8 +46,12 @@ class PythiaConfig:
     rotary_base: float = 10000.0  # base of the RoPE wavelengths
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_position_embeddings")
+        for name in sizes:
             require_positive(self, name)
+        for name in ("layer_norm_eps", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} has to be above 0 and finite")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
         if not 0 <= self.rotary_pct <= 1:
@@ -217,8 +221,9 @@ class Block(nn.Module):
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in float32 of logits (..., V) against targets (...); targets of -100 are left out."""
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100)
+    """Mean cross entropy in float32 of logits (..., V) against targets (...), -100 left out; 0 if that leaves none."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -232,7 +237,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """h (N, C) and weight (V, C) of one dtype, targets (N,) -> scalar loss in float32."""
         kept = (targets != -100)[:, None]
-        targets = targets.clamp(min=0)[:, None]
+        targets = targets.masked_fill(targets == -100, 0)[:, None]
         dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), device=h.device)
         for i in range(0, len(h), LOSS_ROWS):
@@ -335,7 +340,7 @@ class PythiaModel(nn.Module):
     def start_from(self, source: "PythiaModel") -> dict[str, str]:
         """Take over what a trained model shares with this one; returns, for each tensor, copied, converted or new.
 
-        Raises ValueError if the two have other widths.
+        Raises ValueError if the two have other widths or other heads.
         """
         theirs, mine = source.state_dict(), self.state_dict()
         if theirs["embed_in.weight"].shape != mine["embed_in.weight"].shape:
@@ -343,6 +348,8 @@ class PythiaModel(nn.Module):
                 f"the source's embedding is {tuple(theirs['embed_in.weight'].shape)}, this model's "
                 f"{tuple(mine['embed_in.weight'].shape)}: pretrained weights need the same widths (width_divisor = 1)"
             )
+        if source.config.num_heads != self.config.num_heads:
+            raise ValueError(f"the source has num_heads={source.config.num_heads}, this model {self.config.num_heads}")
         converted = self.convert(source)
         copied = {k: v for k, v in theirs.items() if k not in converted and k in mine and v.shape == mine[k].shape}
         self.load_state_dict({**mine, **copied, **converted})
@@ -361,7 +368,12 @@ class PythiaModel(nn.Module):
         folder = Path(name_or_folder)
         if not folder.is_dir():
             folder = download_checkpoint(name_or_folder)
-        model = cls(config_from_huggingface(json.loads((folder / "config.json").read_text())))
+        config_file = folder / "config.json"
+        try:
+            config = config_from_huggingface(json.loads(config_file.read_text(encoding="utf-8")))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{config_file} cannot be used ({type(error).__name__}: {error})") from None
+        model = cls(config)
         state = {k.removeprefix("gpt_neox."): v for k, v in read_weights(folder).items()}
         state = {k: v for k, v in state.items() if not k.endswith(HUGGINGFACE_BUFFERS)}
         try:
@@ -374,6 +386,8 @@ class PythiaModel(nn.Module):
         """Write config.json and model.safetensors so that transformers' AutoModelForCausalLM loads them."""
         from safetensors.torch import save_file
 
+        if type(self) is not PythiaModel:
+            raise TypeError(f"{type(self).__name__} is not GPT-NeoX: its layout has no place for what the variant adds")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config_to_huggingface(self.config), indent=2) + "\n")
@@ -465,10 +479,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             safe = file.suffix == ".safetensors"
-            state |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+            tensors = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+            state |= {name: tensor.float() for name, tensor in tensors.items()}
         except Exception as error:  # safetensors, zip and pickle readers each have errors of their own
             raise ValueError(f"{file} cannot be read ({type(error).__name__}): truncated, or no weight file") from None
-    return {name: tensor.float() for name, tensor in state.items()}
+    return state
 
 
 def config_from_huggingface(config: dict[str, Any]) -> PythiaConfig:
@@ -484,6 +499,9 @@ def config_from_huggingface(config: dict[str, Any]) -> PythiaConfig:
         if config.get(key, value) != value:
             raise ValueError(f"config.json has {key}={config[key]!r}; Pythia has {value!r}")
     rope = config.get("rope_parameters") or {}  # transformers 5; before, the two stood at the top level
+    scaling = config.get("rope_scaling") or rope
+    if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
+        raise ValueError(f"config.json has a RoPE of type {kind!r}; Pythia has 'default'")
     return PythiaConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
