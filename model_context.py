@@ -206,7 +206,7 @@ def oacd_iteration(
     time, so that the device's memory does not grow with N. Contexts hold the last iteration's, then this one's.
     """
     num_batches = math.ceil(len(tokens) / batch_size)
-    before = torch.zeros(1, block.context_dim)  # c_{-1}
+    before = contexts.new_zeros(1, block.context_dim)  # c_{-1}
     total_loss, rate = 0.0, 0.0
     optimizer.zero_grad()
     for ids, old in zip(tokens.split(batch_size), contexts.split(batch_size), strict=True):
