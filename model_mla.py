@@ -36,8 +36,8 @@ class MLAConfig(PythiaConfig):
         require_positive(self, "kv_dim")
         if self.kv_dim > self.hidden_size:
             raise ValueError(f"kv_dim={self.kv_dim} is above hidden_size={self.hidden_size}: nothing would shrink")
-        if self.alibi_slope < 0:
-            raise ValueError(f"alibi_slope={self.alibi_slope} has to be at least 0")
+        if not 0 <= self.alibi_slope < math.inf:
+            raise ValueError(f"alibi_slope={self.alibi_slope} has to be at least 0 and finite")
 
 
 class ALiBiPositionEncoding:
@@ -49,7 +49,7 @@ class ALiBiPositionEncoding:
     def apply_to_scores(self, scores: Tensor, seq_len: int) -> Tensor:
         """scores - m (i - j) for j <= i, else -inf. scores (..., T, P) of the last seq_len = T of P positions."""
         positions = torch.arange(scores.size(-1), device=scores.device)
-        distance = positions[-seq_len:, None] - positions[None, :]  # i - j: the past is positive
+        distance = positions[len(positions) - seq_len :, None] - positions[None, :]  # i - j: the past is positive
         return (scores - self.slope * distance).masked_fill(distance < 0, -math.inf)
 
 
