@@ -489,7 +489,8 @@ FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parque
 def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
     """The files that settings.files matches: a .txt is one document, in the other formats each record is one.
 
-    `datasets` converts them to Arrow files below cache_dir and maps those, so that memory stays flat.
+    `datasets` converts them to Arrow files below cache_dir and maps those, so that memory stays flat; of a .txt it
+    turns every kind of line end into a newline.
     """
     import datasets  # here, because it takes long to import and most runs do not need it
 
@@ -499,10 +500,12 @@ def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
         raise InputError(f"--files={settings.files} matches files of several kinds; give one kind at a time")
     (builder,) = builders
     options = {"sample_by": "document"} if builder == "text" else {}
+    literal = [glob.escape(path) for path in paths]
     try:
-        rows = datasets.load_dataset(builder, data_files=paths, split="train", cache_dir=str(cache_dir), **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise InputError(f"--files={settings.files}: {error.__cause__ or error}") from error
+        rows = datasets.load_dataset(builder, data_files=literal, split="train", cache_dir=str(cache_dir), **options)
+    except Exception as error:  # whatever the reader of the format raises
+        cause = error.__cause__ or error
+        raise InputError(f"--files={settings.files} cannot be read: {type(cause).__name__}: {cause}") from error
     return in_hash_order(rows, settings.seed, {"files": settings.files})
 
 
@@ -553,7 +556,7 @@ class Encoded(NamedTuple):
 def row_text(row: Row) -> str:
     text = row.get("text")
     if not isinstance(text, str):
-        raise InputError(f"a record has no text in its field 'text'; its fields are {', '.join(row)}")
+        raise InputError(f"a record's 'text' is missing or no string; its fields are {', '.join(row)}")
     return text
 
 
@@ -572,16 +575,16 @@ def text_digest(text: str, seed: int) -> bytes:
 
 def split_of(text: str, settings: PrepSettings) -> str:
     """By the text alone: a document never lands in both splits, and adding others moves it nowhere."""
-    share = int.from_bytes(text_digest(text, settings.seed)[:8], "big") / 2**64
+    last_bytes = text_digest(text, settings.seed)[8:]  # the first ones decide the order, which has to mix the splits
+    share = int.from_bytes(last_bytes) / 2**64
     return "val" if share < settings.val_fraction else "train"
 
 
 class Encoder:
     """Turns documents into token ids; a worker process has one of its own."""
 
-    def __init__(self, settings: PrepSettings) -> None:
-        self.settings = settings
-        self.tokenizer = load_tokenizer(settings.tokenizer, settings.data_dir)
+    def __init__(self, settings: PrepSettings, tokenizer: Tokenizer) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
         self.backward = BackwardSearch()
 
     def __call__(self, batch: Sequence[Document]) -> list[Encoded]:
@@ -601,20 +604,20 @@ worker_encoder: Encoder  # of a worker process, set by start_worker
 def start_worker(settings: PrepSettings) -> None:
     global worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    worker_encoder = Encoder(settings)
+    worker_encoder = Encoder(settings, load_tokenizer(settings.tokenizer, settings.data_dir))
 
 
 def encode_in_worker(batch: Sequence[Document]) -> list[Encoded]:
     return worker_encoder(batch)
 
 
-def encode_all(source: Source, settings: PrepSettings) -> Iterator[Encoded]:
+def encode_all(source: Source, settings: PrepSettings, tokenizer: Tokenizer) -> Iterator[Encoded]:
     """All documents in order, tokenised on all cores; only a few batches are in memory at a time."""
     stream = documents(source.rows, settings.dataset)
     batches = iter(lambda: list(islice(stream, BATCH_DOCUMENTS)), [])
     workers = settings.num_workers or (available_cores() if source.documents >= POOL_DOCUMENTS else 1)
     if workers == 1:
-        for encoded in map(Encoder(settings), batches):
+        for encoded in map(Encoder(settings, tokenizer), batches):
             yield from encoded
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
@@ -676,14 +679,14 @@ class SetWriter:
 
     def __init__(self, folder: Path, settings: PrepSettings, tokenizer: Tokenizer, expected_documents: int) -> None:
         self.splits = {split: SplitWriter(folder, split, tokenizer.end_of_text) for split in SPLITS}
-        self.subsets: list[str] = []
+        self.subsets: dict[str, int] = {}  # name -> number
         self.expected_documents, self.max_tokens = expected_documents, settings.max_tokens
         self.documents, self.tokens = 0, 0  # of the source, without the sentences
         self.sentences = [np.array(tokenizer.encode(p.forward), dtype=np.uint16) for p in get_reversal_pairs()]
         self.to_place, self.placed = settings.reversal_repeats * len(self.sentences), 0
 
     def write(self, encoded: Iterable[Encoded]) -> None:
-        with tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
+        with tqdm(unit=" tokens", unit_scale=True, mininterval=1) as bar:
             for document in encoded:
                 self.splits[document.split].add(document.ids, self.subset_number(document.subset))
                 self.documents += 1
@@ -713,11 +716,10 @@ class SetWriter:
             self.placed += 1
 
     def subset_number(self, name: str) -> int:
-        if name not in self.subsets:
-            self.subsets.append(name)
-            if len(self.subsets) > np.iinfo(np.int16).max:
-                raise InputError("more than 32,767 subsets: is meta.pile_set_name really the name of a subset?")
-        return self.subsets.index(name)
+        number = self.subsets.setdefault(name, len(self.subsets))
+        if number > np.iinfo(np.int16).max:
+            raise InputError(f"more than {number:,} subsets: is meta.pile_set_name really the name of a subset?")
+        return number
 
     def check_filled(self) -> None:
         """Raises InputError if a split got no document of the source."""
@@ -735,8 +737,9 @@ class SetWriter:
 
     def split_counts(self, writer: SplitWriter) -> dict[str, Any]:
         subsets = {
-            self.subsets[i]: {"documents": count, "tokens": writer.tokens[i]}
-            for i, count in sorted(writer.documents.items())
+            name: {"documents": writer.documents[number], "tokens": writer.tokens[number]}
+            for name, number in self.subsets.items()
+            if writer.documents[number]
         }
         return {"documents": writer.documents.total(), "tokens": writer.length, "subsets": subsets}
 
@@ -746,7 +749,7 @@ def write_set(folder: Path, settings: PrepSettings, recipe: dict[str, Any]) -> N
     source = open_source(settings, cache_dir=folder / "arrow")
     tokenizer = load_tokenizer(settings.tokenizer, settings.data_dir)
     writer = SetWriter(folder, settings, tokenizer, source.documents)
-    writer.write(encode_all(source, settings))
+    writer.write(encode_all(source, settings, tokenizer))
     writer.check_filled()
     meta = {
         "recipe": recipe,
@@ -759,7 +762,7 @@ def write_set(folder: Path, settings: PrepSettings, recipe: dict[str, Any]) -> N
         "max_id": max(split.max_id for split in writer.splits.values()),
         "seed": settings.seed,
         "reversal_sentences": writer.placed,
-        "subsets": writer.subsets,
+        "subsets": list(writer.subsets),
         "splits": writer.counts(),
         "files": {name: describe(folder / name) for name in DATA_FILES},
         "command": command_of(settings),
@@ -924,6 +927,8 @@ def command_for(folder: Path) -> str:
 
 def main() -> None:
     settings, _ = parse_settings(PrepSettings, sys.argv[1:])
+    if settings.stage != "tokens":
+        raise InputError(f"--stage={settings.stage} is not built yet")
     prepare(settings)
 
 

