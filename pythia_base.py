@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSS_ROWS = 256  # rows of logits that exist at a time while the loss is computed
+LOSS_ROWS = 128  # rows of logits that exist at a time in loss and scores; in float32, 26 MB that malloc keeps at hand
 PREFILL_TOKENS = 512  # a long prompt goes through the cache in chunks of this many tokens
 
 
@@ -258,6 +258,16 @@ class HeadLoss(torch.autograd.Function):
         return dh * scale.to(dh.dtype), dw * scale.to(dw.dtype), None
 
 
+def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss in nats of every token, and whether the arg-max is right: (B, T) float32 and bool, for h (B, T, C)."""
+    losses, right = [], []
+    for rows, y in zip(h.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True):
+        logits = (rows @ weight.T).float()  # (LOSS_ROWS, V)
+        losses.append(F.cross_entropy(logits, y, reduction="none", ignore_index=-100))
+        right.append(logits.argmax(dim=-1) == y)
+    return torch.cat(losses).view_as(targets), torch.cat(right).view_as(targets)
+
+
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """next_token_loss of the head's logits for h (B, T, C), in the dtype of autocast where that is on."""
     device_type = h.device.type
@@ -320,9 +330,14 @@ class PythiaModel(nn.Module):
         """
         h = self.hidden_states(idx, cache, **inputs)
         if targets is not None and not return_logits:
-            return None, head_loss(h, self.embed_out.weight, targets)
+            return None, head_loss(h, self.head_weight, targets)
         logits = self.embed_out(h)
         return logits, None if targets is None else next_token_loss(logits, targets)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (V, C) that turns hidden states into logits."""
+        return self.embed_out.weight
 
     def attentions(self) -> list[Any]:
         """The attention module of every layer."""

@@ -1,0 +1,349 @@
+"""Scores trained models on the same data with the same code.
+
+    python eval.py out/pythia-laptop out/mla_kv128-laptop
+
+A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id. Every model is rebuilt from its
+checkpoint and scored in float32, from an empty state at the start of each window. The table is printed and written to
+results.json in out_dir. train.py ends every run with the same functions.
+"""
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configurator import (
+    EvalSettings,
+    InputError,
+    PrepSettings,
+    baseline_config,
+    build_model,
+    load_source,
+    parse_settings,
+    pick_device,
+    run,
+)
+from prep import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
+from pythia_base import score_tokens
+
+TASKS = ("val", "reversal", "cache")
+CACHE_LENGTHS = (256, 2048, 8192)  # tokens at which caches are compared
+POSITION_EDGES = (0, 16, 32, 64, 96)  # position ranges of the window; the last one ends with the window
+PPL_MEANING = (
+    (5, "abnormal: a leak or a causal-mask error, inspect the code"),
+    (30, "suspicious: overfitting possible, check data volume and split"),
+    (100, "normal at large scale"),
+    (500, "normal from scratch"),
+    (1000, "still falling"),
+    (math.inf, "undertrained: more steps or another learning rate"),
+)
+
+
+def ppl_meaning(ppl: float) -> str:
+    """What a perplexity says about a run; it presumes a subword vocabulary of about 50,000."""
+    return next((meaning for limit, meaning in PPL_MEANING if ppl < limit), PPL_MEANING[-1][1])
+
+
+# ------------------------------------------------------------------------------------------------ validation data
+
+
+def eval_windows(num_tokens: int, block_size: int) -> list[tuple[int, int]]:
+    """(start, end) of windows whose targets cover every token but the first exactly once; the last may be short."""
+    return [(s, min(s + block_size, num_tokens - 1)) for s in range(0, num_tokens - 1, block_size)]
+
+
+def window_batches(
+    tokens: np.ndarray, windows: list[tuple[int, int]], batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B, T) of windows, those of equal length together."""
+    for first in range(0, len(windows), batch_size):
+        group = windows[first : first + batch_size]
+        while group:
+            width = group[0][1] - group[0][0]
+            alike = [w for w in group if w[1] - w[0] == width]
+            group = [w for w in group if w[1] - w[0] != width]
+            rows = torch.from_numpy(np.stack([tokens[s : e + 1] for s, e in alike]).astype(np.int64)).to(device)
+            yield rows[:, :-1], rows[:, 1:]
+
+
+@torch.inference_mode()
+def evaluate_val(
+    model: Any, tokens: np.ndarray, block_size: int, batch_size: int, device: torch.device
+) -> dict[str, Any]:
+    """Loss, PPL, accuracy and position-wise PPL over all of a token file, each token counted once."""
+    windows = eval_windows(len(tokens), block_size)
+    loss, right, count = (np.zeros(block_size) for _ in range(3))  # per position of the window
+    progress = tqdm(total=len(tokens) - 1, desc="validation", unit=" tokens", unit_scale=True, leave=False)
+    for idx, targets in window_batches(tokens, windows, batch_size, device):
+        losses, correct = score_tokens(model.hidden_states(idx), model.head_weight, targets)
+        T = idx.size(1)
+        loss[:T] += losses.double().sum(0).cpu().numpy()
+        right[:T] += correct.sum(0).cpu().numpy()
+        count[:T] += idx.size(0)
+        progress.update(idx.numel())
+    progress.close()
+    mean = loss.sum() / count.sum()
+    return {
+        "val_loss": mean,
+        "val_ppl": safe_exp(mean),
+        "val_accuracy": right.sum() / count.sum(),
+        "val_tokens": int(count.sum()),
+        "position_ppl": position_ppl(loss, count),
+    }
+
+
+def position_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
+    """PPL per position range of the window, from losses and counts per position."""
+    edges = [e for e in POSITION_EDGES if e < len(loss)] + [len(loss)]
+    ranges = [(a, b) for a, b in itertools.pairwise(edges) if count[a:b].sum()]
+    return {f"{a}-{b}": safe_exp(loss[a:b].sum() / count[a:b].sum()) for a, b in ranges}
+
+
+def safe_exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+# ------------------------------------------------------------------------------------------------ reversal curse
+
+
+def evaluate_reversal_curse(
+    model: Any, tokenizer: Tokenizer, pairs: list[ReversalPair], device: torch.device
+) -> dict[str, float]:
+    """PPL of sentences "A is B" that the training data holds, and of their reversals, which it does not.
+
+    (Berglund et al. 2023, arXiv 2309.12288.) PPL = exp(mean over sentences of the mean token loss), every token scored
+    after a leading end-of-text token. ratio = forward / backward (nearer 1 is better), gap = backward - forward (nearer
+    0 is better). The answer figures score the answer's tokens alone: the B of "A is B", the A of "B is A".
+    """
+    forward, forward_answer = sentence_ppl(model, tokenizer, [(p.forward, p.forward_answer) for p in pairs], device)
+    backward, backward_answer = sentence_ppl(model, tokenizer, [(p.backward, p.backward_answer) for p in pairs], device)
+    return {
+        "reversal_forward_ppl": forward,
+        "reversal_backward_ppl": backward,
+        "reversal_ratio": forward / backward,
+        "reversal_gap": backward - forward,
+        "reversal_forward_answer_ppl": forward_answer,
+        "reversal_backward_answer_ppl": backward_answer,
+        "reversal_answer_ratio": forward_answer / backward_answer,
+        "reversal_answer_gap": backward_answer - forward_answer,
+    }
+
+
+@torch.inference_mode()
+def sentence_ppl(
+    model: Any, tokenizer: Tokenizer, sentences: list[tuple[str, str]], device: torch.device
+) -> tuple[float, float]:
+    """PPL of whole sentences and of their answers alone, for (sentence, answer it ends with) pairs."""
+    ids = [tokenizer.encode(sentence) for sentence, _ in sentences]
+    starts = [len(tokenizer.encode(s[: s.rindex(answer)].rstrip())) for s, answer in sentences]
+    longest = max(map(len, ids))
+    idx = torch.zeros(len(ids), longest, dtype=torch.long)  # rows are padded on the right, which nothing before sees
+    targets = torch.full((len(ids), longest), -100)
+    for row, sentence in enumerate(ids):
+        idx[row, : len(sentence)] = torch.tensor([tokenizer.end_of_text, *sentence[:-1]])
+        targets[row, : len(sentence)] = torch.tensor(sentence)
+    scored = targets != -100
+    answers = scored & (torch.arange(longest) >= torch.tensor(starts)[:, None])
+    losses, _ = score_tokens(model.hidden_states(idx.to(device)), model.head_weight, targets.to(device))
+    losses = losses.cpu().double()
+    means = [(torch.where(mask, losses, 0).sum(1) / mask.sum(1)).mean().item() for mask in (scored, answers)]
+    return safe_exp(means[0]), safe_exp(means[1])
+
+
+# ------------------------------------------------------------------------------------------------------ the cache
+
+
+def evaluate_cache(model: Any) -> dict[str, Any]:
+    """Bytes that init_cache allocates for one row, per length and per token, beside the baseline of the same widths."""
+    with torch.device("meta"):
+        baseline = build_model("pythia", baseline_config(model.config))
+    ours = {n: model.init_cache(1, n).nbytes for n in CACHE_LENGTHS}
+    theirs = {n: baseline.init_cache(1, n).nbytes for n in CACHE_LENGTHS}
+    return {
+        "cache_bytes": {str(n): ours[n] for n in CACHE_LENGTHS},
+        "cache_bytes_per_token": {str(n): ours[n] / n for n in CACHE_LENGTHS},
+        "baseline_cache_bytes_per_token": {str(n): theirs[n] / n for n in CACHE_LENGTHS},
+        "cache_saved": {str(n): 1 - ours[n] / theirs[n] for n in CACHE_LENGTHS},
+    }
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Parameters in all, those that training changes, and those of the embedding tables."""
+    tables = [p for p in model.parameters() if p.size(0) == model.config.vocab_size]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "embedding_parameters": sum(p.numel() for p in tables),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- one model
+
+
+def evaluate_model(
+    model: Any,
+    tasks: tuple[str, ...],
+    data_folder: Path,
+    data_dir: str,
+    block_size: int,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All metrics of the tasks for one model, moved to the device, in float32."""
+    model = model.to(device).eval()
+    data = load_tokens(data_folder, "val")
+    if data.meta["max_id"] >= model.config.vocab_size:
+        raise InputError(
+            f"{data_folder} holds token id {data.meta['max_id']}, outside the model's {model.config.vocab_size} rows"
+        )
+    results: dict[str, Any] = count_parameters(model)
+    if "val" in tasks:
+        results |= evaluate_val(model, data.tokens, block_size, batch_size, device)
+        results["ppl_meaning"] = ppl_meaning(results["val_ppl"])
+    if "reversal" in tasks:
+        tokenizer = load_tokenizer(data.meta["tokenizer"], data_dir)
+        results |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), device)
+    if "cache" in tasks:
+        results |= evaluate_cache(model)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    sides = ["<", *[">"] * (len(widths) - 1)]
+    layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return "\n".join(layout.format(*row) for row in [header, ["-" * width for width in widths], *rows])
+
+
+def format_summary(results: dict[str, Any]) -> str:
+    """The figures of one run, a line each."""
+    tokens = str(CACHE_LENGTHS[1])
+    rows = [
+        ["validation loss", f"{results['val_loss']:.4f}"],
+        ["validation PPL", f"{results['val_ppl']:.1f}"],
+        ["  which is", results["ppl_meaning"] + " (for about 50,000 subwords)"],
+        ["validation accuracy", f"{results['val_accuracy']:.1%}"],
+        *(["PPL at positions " + where, f"{ppl:.1f}"] for where, ppl in results["position_ppl"].items()),
+        ["reversal, forward PPL", f"{results['reversal_forward_ppl']:.1f}"],
+        ["reversal, backward PPL", f"{results['reversal_backward_ppl']:.1f}"],
+        ["reversal ratio (1 is best)", f"{results['reversal_ratio']:.3f}"],
+        ["reversal gap (0 is best)", f"{results['reversal_gap']:.1f}"],
+        ["  of the answers alone, ratio", f"{results['reversal_answer_ratio']:.3f}"],
+        ["cache bytes per token", f"{results['cache_bytes_per_token'][tokens]:,.0f}"],
+        ["  of the baseline", f"{results['baseline_cache_bytes_per_token'][tokens]:,.0f}"],
+        [f"cache saved, {int(tokens):,} tokens", f"{results['cache_saved'][tokens]:.1%}"],
+        ["parameters", f"{results['parameters']:,}"],
+        ["checkpoint", results["checkpoint"]],
+    ]
+    return format_table(["measured", "value"], rows)
+
+
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header -> the result it needs, how it is shown
+    "val loss": ("val_loss", lambda r: f"{r['val_loss']:.4f}"),
+    "val PPL": ("val_ppl", lambda r: f"{r['val_ppl']:.1f}"),
+    "accuracy": ("val_accuracy", lambda r: f"{r['val_accuracy']:.1%}"),
+    "rev. forward": ("reversal_forward_ppl", lambda r: f"{r['reversal_forward_ppl']:.1f}"),
+    "backward": ("reversal_backward_ppl", lambda r: f"{r['reversal_backward_ppl']:.1f}"),
+    "ratio": ("reversal_ratio", lambda r: f"{r['reversal_ratio']:.3f}"),
+    "answers' ratio": ("reversal_answer_ratio", lambda r: f"{r['reversal_answer_ratio']:.3f}"),
+    "cache B/token": ("cache_bytes_per_token", lambda r: f"{r['cache_bytes_per_token']['2048']:,.0f}"),
+    "saved": ("cache_saved", lambda r: f"{r['cache_saved']['2048']:.1%}"),
+    "parameters": ("parameters", lambda r: f"{r['parameters']:,}"),
+    "tokens seen": ("tokens_seen", lambda r: f"{r['tokens_seen']:,}"),
+}
+
+
+def format_comparison(results: list[dict[str, Any]]) -> str:
+    """A row per run, a column per metric that any of them has; below it PPL by position, and what the PPL means."""
+    shown = {header: show for header, (key, show) in COLUMNS.items() if any(key in r for r in results)}
+    rows = [[r["run"], *(show(r) if COLUMNS[h][0] in r else "-" for h, show in shown.items())] for r in results]
+    text = format_table(["run", *shown], rows)
+    if all("position_ppl" in r for r in results):
+        ranges = list(results[0]["position_ppl"])
+        rows = [[r["run"], *(f"{r['position_ppl'][where]:.1f}" for where in ranges)] for r in results]
+        text += "\n\n" + format_table(["PPL at positions", *ranges], rows)
+        meanings = [f"{r['run']}: PPL {r['val_ppl']:.1f} is {r['ppl_meaning']}" for r in results if "steps" in r]
+        text += "\n\n" + "\n".join(meanings)
+        text += "\n(what a PPL means presumes a subword vocabulary of about 50,000)"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def open_runs(sources: list[str], allow_untrained: bool) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(name, model, its checkpoint's contents) of each run. Raises InputError for a model that was never trained."""
+    runs = []
+    for source in sources:
+        model, checkpoint = load_source(source)
+        if checkpoint is not None and checkpoint["iter_num"] == 0 and not allow_untrained:
+            raise InputError(f"{source} was never trained; --allow_untrained scores it all the same")
+        runs.append((source, model, checkpoint or {}))
+    return runs
+
+
+def data_of(settings: EvalSettings, runs: list[tuple[str, Any, dict[str, Any]]]) -> tuple[Path, int]:
+    """The data folder and the window that all runs are scored with. Raises InputError if their tokenizers differ."""
+    configs = [checkpoint["config"] for _, _, checkpoint in runs if checkpoint]
+    dataset = settings.dataset or (configs[0]["dataset"] if configs else PrepSettings.dataset)
+    folder = Path(settings.data_dir, dataset)
+    tokenizer = load_tokens(folder, "val").meta["tokenizer"]
+    for source, _, checkpoint in runs:
+        theirs = checkpoint["data"]["tokenizer"] if checkpoint else tokenizer
+        if theirs != tokenizer:
+            raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
+    block_size = settings.block_size or min((c["block_size"] for c in configs if "block_size" in c), default=512)
+    limits = {source: model.config.max_position_embeddings for source, model, _ in runs}
+    for source, limit in limits.items():
+        if block_size > limit:
+            raise InputError(f"block_size={block_size} is above {source}'s limit of {limit}")
+    return folder, block_size
+
+
+def chosen_tasks(text: str) -> tuple[str, ...]:
+    """--tasks=val,reversal -> the tasks. Raises InputError at one that does not exist."""
+    tasks = TASKS if text == "all" else tuple(text.split(","))
+    for task in tasks:
+        if task not in TASKS:
+            raise InputError(f"no task {task!r}: choose from {', '.join(TASKS)}")
+    return tasks
+
+
+def main() -> None:
+    settings, sources = parse_settings(EvalSettings, sys.argv[1:], takes="RUN [RUN ...]")
+    if not sources:
+        raise InputError("name at least one run: python eval.py out/pythia-laptop")
+    tasks, device = chosen_tasks(settings.tasks), pick_device(settings.device)
+    runs = open_runs(sources, settings.allow_untrained)
+    folder, block_size = data_of(settings, runs)
+    results = []
+    for source, model, checkpoint in runs:
+        print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
+        about: dict[str, Any] = {}
+        if checkpoint:
+            about = {name: checkpoint[name] for name in ("tokens_seen", "parents", "commit", "data")}
+            about |= {"steps": checkpoint["iter_num"], "seed": checkpoint["config"]["seed"]}
+        scores = evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device)
+        results.append({"run": source, "model": type(model).__name__, **about, **scores})
+    out_dir = Path(settings.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    report = {"block_size": block_size, "data": str(folder), "runs": results}
+    (out_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(format_comparison(results))
+    print(f"\nwritten to {out_dir / 'results.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,72 @@
+"""Generates text from a trained model, as it is drawn, and shows what its cache holds.
+
+    python sample.py out/mla_kv128-laptop --prompt="The capital of France"
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from configurator import (
+    InputError,
+    SampleSettings,
+    baseline_config,
+    build_model,
+    load_source,
+    parse_settings,
+    pick_device,
+    run,
+)
+from prep import Tokenizer, load_tokenizer
+from pythia_base import Cache, stream_tokens
+
+
+def print_pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor]) -> None:
+    """Print tokens (1, 1) as they come; a character that several tokens share waits for the last of them."""
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(int(token))
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd"):
+            print(text, end="", flush=True)
+            pending = []
+    print(tokenizer.decode(pending))
+
+
+def describe_cache(model: Any, cache: Cache) -> str:
+    """Bytes of the cache beside those that the baseline of the same widths would hold."""
+    with torch.device("meta"):
+        baseline = build_model("pythia", baseline_config(model.config)).init_cache(1, cache.max_len)
+    return (
+        f"cache for {cache.max_len} tokens: {cache.nbytes:,} bytes, {cache.nbytes / cache.max_len:,.0f} a token; "
+        f"the baseline's {baseline.nbytes:,} ({1 - cache.nbytes / baseline.nbytes:.1%} saved)"
+    )
+
+
+def main() -> None:
+    settings, sources = parse_settings(SampleSettings, sys.argv[1:], takes="RUN")
+    if len(sources) != 1:
+        raise InputError("name one run: python sample.py out/mla_kv128-laptop")
+    model, checkpoint = load_source(sources[0])
+    model = model.to(pick_device(settings.device)).eval()
+    tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"] if checkpoint else "neox", settings.data_dir)
+    prompt = tokenizer.encode(settings.prompt) or [tokenizer.end_of_text]
+    idx = torch.tensor([prompt], device=next(model.parameters()).device)
+    torch.manual_seed(settings.seed)
+    for _ in range(settings.num_samples):
+        cache = model.init_cache(1, len(prompt) + settings.max_new_tokens)
+        started = time.perf_counter()
+        print(settings.prompt, end="", flush=True)
+        tokens = stream_tokens(
+            model, idx, cache, settings.max_new_tokens, settings.temperature, settings.top_k, tokenizer.n_vocab
+        )
+        print_pieces(tokenizer, tokens)
+        speed = settings.max_new_tokens / (time.perf_counter() - started)
+        print(f"---\n{speed:.0f} tokens/s | {describe_cache(model, cache)}\n")
+
+
+if __name__ == "__main__":
+    run(main)

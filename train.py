@@ -1,0 +1,644 @@
+"""Trains what a config picks: the model, the phase, the data.
+
+    python train.py config/mla_kv128.py config/laptop.py --max_iters=500
+    torchrun --standalone --nproc_per_node=2 train.py config/mla_kv128.py
+
+A run writes out_dir: ckpt.pt (the last state), best.pt (the best validation loss), config.json, log.jsonl and, when it
+is finished, summary.json. The same command started again resumes a run that was cut off, exactly where its last
+checkpoint stands, and says of a finished one that it is finished.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import (
+    InputError,
+    Job,
+    LMSettings,
+    PrepSettings,
+    TrainSettings,
+    build_model,
+    load_source,
+    model_args,
+    one_line,
+    parse_train,
+    pick_device,
+    read_checkpoint,
+    run,
+)
+from eval import TASKS, evaluate_model, format_summary
+from prep import TokenFile, load_tokens, prepare
+from pythia_base import make_optimizer
+
+SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
+NOT_COMPARED = ("out_dir", "overwrite", "device")  # settings that may differ when a run goes on
+
+
+# ----------------------------------------------------------------------------------------- processes and precision
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together: one, or those that torchrun started."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The sum (or another op) of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value, op)
+        return value
+
+
+@contextlib.contextmanager
+def open_world(device_name: str) -> Iterator[World]:
+    """Join torchrun's process group, NCCL on GPUs and gloo elsewhere, and leave it in the end."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(device_name)
+    if size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield World(int(os.environ.get("RANK", "0")), size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products in training, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as set"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has it"
+        return torch.float16, "this GPU has no bfloat16; a gradient scaler keeps small gradients"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16, "this processor multiplies in it"
+    return torch.float32, f"no fast bfloat16 on this {device.type}"
+
+
+# -------------------------------------------------------------------------------------------------------- the data
+
+
+class Windows:
+    """Training windows in a pseudo-random order, each once an epoch: a pure function of the seed and a running number.
+
+    Nothing of it has to be saved for a run to go on, and no table grows with the corpus.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, seed: int) -> None:
+        if len(tokens) <= block_size:
+            raise InputError(f"{len(tokens)} tokens in the training file: too few for block_size={block_size}")
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.per_epoch = max(1, len(tokens) // block_size - 1)
+
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """Where in the token file the windows of these running numbers begin."""
+        epochs, places = np.divmod(numbers, self.per_epoch)
+        starts = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            slack = len(self.tokens) - self.per_epoch * self.block_size  # each epoch cuts its windows elsewhere
+            offset = np.random.default_rng([self.seed, epoch]).integers(slack)
+            mine = epochs == epoch
+            starts[mine] = offset + self.block_size * permute(places[mine], self.per_epoch, self.seed + epoch)
+        return starts
+
+    def batch(self, numbers: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """The model's arguments idx and targets, (B, T) each, for the windows of these running numbers."""
+        return window_batch(self.tokens, self.starts(numbers), self.block_size, device)
+
+
+def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> dict[str, Tensor]:
+    """idx and targets (B, T) of the windows that begin at starts."""
+    rows = torch.from_numpy(np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64))
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return {"idx": rows[:, :-1].to(device), "targets": rows[:, 1:].to(device)}
+
+
+def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Places of 0..n-1 in a pseudo-random order, without a table.
+
+    A Feistel network of four rounds permutes the next power of four; what falls outside 0..n-1 is sent through again.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    mask = np.uint64((1 << half) - 1)
+    keys = np.random.default_rng([seed, n]).integers(2**63, size=4, dtype=np.uint64) | np.uint64(1)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> np.uint64(half), x & mask
+        for key in keys:
+            mixed = (right + key) * key
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) * key >> np.uint64(32)) & mask
+        return left << np.uint64(half) | right
+
+    out = network(index.astype(np.uint64))
+    while (outside := out >= n).any():
+        out[outside] = network(out[outside])
+    return out.astype(np.int64)
+
+
+def open_tokens(settings: TrainSettings, world: World, vocab_size: int) -> tuple[TokenFile, TokenFile]:
+    """Training and validation tokens of the dataset; the default one is made if it is missing."""
+    folder = Path(settings.data_dir, settings.dataset)
+    if settings.dataset == PrepSettings.dataset and not (folder / "meta.json").exists():
+        if world.is_main:
+            print(f"{folder} is missing: making it with prep.py (python prep.py)", flush=True)
+            prepare(PrepSettings(data_dir=settings.data_dir))
+        world.barrier()
+    train, val = load_tokens(folder, "train"), load_tokens(folder, "val")
+    if train.meta["max_id"] >= vocab_size:
+        raise InputError(f"{folder} holds token id {train.meta['max_id']}, outside the model's {vocab_size} rows")
+    return train, val
+
+
+# ---------------------------------------------------------------------------------------------------- the run's folder
+
+
+class RunFolder:
+    """What a run leaves behind. Files are written beside the old ones, flushed and renamed, so none is ever half."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = FileLock(path / ".lock")
+
+    def claim(self, job: Job, world: World) -> dict[str, Any] | None:
+        """Take the folder for this run; returns the checkpoint to go on from, None for a new run.
+
+        Raises InputError if it holds another run, or one that is being trained right now.
+        """
+        if world.is_main and not job.settings.eval_only:
+            self.open(job)
+        world.barrier()  # nobody reads the folder before it is claimed
+        if (self.path / "ckpt.pt").exists():
+            return read_checkpoint(self.path)
+        if job.settings.init_from == "resume":
+            raise InputError(f"init_from='resume': {self.path} holds no checkpoint")
+        return None
+
+    def open(self, job: Job) -> None:
+        """Make the folder, lock it, refuse another run's, and write this run's settings."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.take_lock()
+        if job.settings.overwrite:
+            for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json"):
+                (self.path / name).unlink(missing_ok=True)
+        if (self.path / "ckpt.pt").exists():
+            self.compare(job)
+        self.write_json("config.json", {**asdict(job.settings), "model_args": model_args(job.model_config)})
+
+    def is_finished(self, checkpoint: dict[str, Any], settings: Any) -> bool:
+        """Whether the run has its summary; one that is resumed with more steps than it has taken is not finished."""
+        is_longer = settings.init_from == "resume" and checkpoint["iter_num"] < settings.max_iters
+        return (self.path / "summary.json").exists() and not is_longer and not settings.eval_only
+
+    def take_lock(self) -> None:
+        """Held until the process ends, however it ends."""
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(f"another process is training in {self.path}") from None
+
+    def compare(self, job: Job) -> None:
+        """Raises InputError unless the folder's run has the settings of this job (resuming: its model settings)."""
+        theirs = json.loads((self.path / "config.json").read_text())
+        mine = {**asdict(job.settings), "model_args": model_args(job.model_config)}
+        keys = mine.keys() | theirs.keys()
+        if job.settings.init_from == "resume":
+            keys = {"model", "phase", "dataset", "model_args"}
+        differing = sorted(k for k in keys if k not in NOT_COMPARED and mine.get(k) != theirs.get(k))
+        if differing:
+            shown = ", ".join(f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in differing[:3])
+            raise InputError(
+                f"{self.path} holds another run ({shown}): choose another --out_dir, go on with it by "
+                "--init_from=resume, or replace it by --overwrite=True"
+            )
+
+    def save(self, checkpoint: dict[str, Any], *names: str) -> None:
+        for name in names:
+            with self.replacing(name) as file:
+                torch.save(checkpoint, file)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        with self.replacing(name) as file:
+            file.write((json.dumps(value, indent=2) + "\n").encode())
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[Any]:
+        """A file opened under a temporary name that takes the place of the old one once it is complete on the disk."""
+        temporary = self.path / f".{name}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def log(self, entry: dict[str, Any]) -> None:
+        with (self.path / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def trim_log(self, step: int) -> None:
+        """Drop what was logged after the checkpoint that a run goes on from; those steps are done again."""
+        path = self.path / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with self.replacing("log.jsonl") as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+
+
+def git_commit() -> str:
+    """The commit of the code, with + if it was changed since; empty outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True)
+        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=here, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.strip() + ("+" if changed else "")
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask the run to save and stop after the step it is in."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def agreed(self, world: World) -> int:
+        """The signal that any of the processes has received, 0 if none has."""
+        if world.size == 1:
+            return self.signal
+        return int(world.reduce(torch.tensor(self.signal, device=world.device), dist.ReduceOp.MAX))
+
+
+# --------------------------------------------------------------------------------------- training a language model
+
+
+def learning_rate_at(step: int, settings: LMSettings) -> float:
+    """Linear warmup, then cosine decay to min_lr."""
+    s, decay_iters = settings, settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    if not s.decay_lr:
+        return s.learning_rate
+    progress = min(1.0, (step - s.warmup_iters) / max(1, decay_iters - s.warmup_iters))
+    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
+
+
+class LMTrainer:
+    """One training run of a language model."""
+
+    def __init__(self, job: Job, folder: RunFolder, world: World) -> None:
+        self.job, self.folder, self.world = job, folder, world
+        self.settings: LMSettings = job.settings
+        s = self.settings
+        self.step, self.best_val_loss, self.evaluations_without_gain = 0, math.inf, 0
+        self.train_seconds, self.parents, self.earlier_tokens = 0.0, list[str](), 0
+        self.resumed = False
+        self.unchecked: list[Tensor] = []  # losses of the steps since they were last looked at
+        self.windows_per_step = s.batch_size * s.gradient_accumulation_steps
+        if self.windows_per_step % world.size:
+            raise InputError(
+                f"batch_size x gradient_accumulation_steps = {self.windows_per_step} windows a step cannot be shared "
+                f"evenly among {world.size} processes"
+            )
+        if s.block_size > job.model_config.max_position_embeddings:
+            raise InputError(
+                f"block_size={s.block_size} is above the model's limit of {job.model_config.max_position_embeddings}"
+            )
+        self.train_data, self.val_data = open_tokens(s, world, job.model_config.vocab_size)
+        self.windows = Windows(self.train_data.tokens, s.block_size, s.seed)
+        self.dtype, self.dtype_reason = pick_dtype(s.dtype, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+
+    # -- the model
+
+    def build(self, checkpoint: dict[str, Any] | None) -> None:
+        """A new model, one that starts from another's weights, or the one that a checkpoint of this run holds."""
+        s, device = self.settings, self.world.device
+        torch.manual_seed(s.seed)
+        self.model = build_model(s.model, self.job.model_config)
+        if checkpoint is None and s.init_from not in ("scratch", "resume"):
+            self.start_from(s.init_from)
+        self.model.to(device)
+        self.optimizer = make_optimizer(self.model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
+        if checkpoint is not None:
+            self.load(checkpoint)
+        self.trained = self.model  # what the training step calls: the model, compiled and shared as asked
+        if s.compile if s.compile is not None else device.type == "cuda":
+            self.trained = torch.compile(self.trained)
+        if self.world.size > 1:
+            self.trained = DistributedDataParallel(self.trained)
+
+    def start_from(self, source: str) -> None:
+        """Take over the weights of another run, a Hugging Face folder or a hub id; say what became of each tensor."""
+        weights, checkpoint = load_source(source)
+        if checkpoint is not None:
+            theirs, ours = checkpoint["data"]["tokenizer"], self.train_data.meta["tokenizer"]
+            if theirs != ours:
+                raise InputError(f"{source} was trained on {theirs} tokens, {self.train_data.path} holds {ours} tokens")
+            self.parents = [*checkpoint["parents"], source]
+            self.earlier_tokens = checkpoint["tokens_seen"]
+        try:
+            report = self.model.start_from(weights)
+        except ValueError as error:
+            raise InputError(f"init_from={source}: {one_line(error)}") from None
+        for how in ("copied", "converted", "new"):
+            tensors = [name for name, what in report.items() if what == how]
+            names = "" if how == "copied" else f" ({', '.join(tensors)})"
+            self.world.say(f"{how:>9}: {len(tensors)} tensors{names}")
+
+    # -- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that exact resuming needs, in tensors and plain Python types."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "model_args": model_args(self.job.model_config),
+            "iter_num": self.step,
+            "best_val_loss": self.best_val_loss,
+            "evaluations_without_gain": self.evaluations_without_gain,
+            "config": asdict(self.settings),
+            "data": self.data_identity(),
+            "tokens_seen": self.tokens_seen(),
+            "earlier_tokens": self.earlier_tokens,
+            "parents": self.parents,
+            "train_seconds": self.train_seconds,
+            "commit": git_commit(),
+        }
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises InputError if it was made on other data or by another model."""
+        if checkpoint["data"] != self.data_identity():
+            raise InputError(f"{self.folder.path} was trained on other data than {self.train_data.path.parent} holds")
+        if checkpoint["model_args"] != model_args(self.job.model_config):
+            raise InputError(f"{self.folder.path} holds a model with other settings")
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"])
+        self.step, self.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+        self.evaluations_without_gain = checkpoint["evaluations_without_gain"]
+        self.parents, self.earlier_tokens = checkpoint["parents"], checkpoint["earlier_tokens"]
+        self.train_seconds, self.resumed = checkpoint["train_seconds"], True
+
+    def data_identity(self) -> dict[str, Any]:
+        train, val = self.train_data, self.val_data
+        return {"tokenizer": train.meta["tokenizer"], "train_sha256": train.digest, "val_sha256": val.digest}
+
+    def tokens_seen(self) -> int:
+        return self.earlier_tokens + self.step * self.windows_per_step * self.settings.block_size
+
+    def announce(self) -> None:
+        """Say what is about to be trained, on what, how."""
+        s, say = self.settings, self.world.say
+        tokens_per_step = self.windows_per_step * s.block_size
+        if self.job.passed_over:
+            say(f"not for this model and phase, passed over: {', '.join(self.job.passed_over)}")
+        say(f"settings: {json.dumps({**asdict(s), 'model_args': model_args(self.job.model_config)})}")
+        say(f"model {s.model}: {sum(p.numel() for p in self.model.parameters()):,} parameters")
+        say(f"data {self.train_data.path.parent}: {len(self.train_data.tokens):,} training tokens")
+        say(f"{self.world.device} x {self.world.size}, {str(self.dtype).removeprefix('torch.')} ({self.dtype_reason})")
+        say(f"{s.max_iters} steps of {tokens_per_step:,} tokens, run folder {self.folder.path}")
+        if self.resumed:
+            say(f"going on from step {self.step}")
+            self.folder.trim_log(self.step)
+
+    # -- a step, an evaluation
+
+    def micro_batches(self) -> Iterator[tuple[dict[str, Tensor], float, bool]]:
+        """This process's windows of the step, batch_size at a time: arguments, share of the step, whether the last."""
+        windows = self.windows_per_step // self.world.size
+        first = self.step * self.windows_per_step + self.world.rank * windows
+        for start in range(0, windows, self.settings.batch_size):
+            end = min(start + self.settings.batch_size, windows)
+            batch = self.windows.batch(np.arange(first + start, first + end), self.world.device)
+            yield batch, (end - start) / windows, end == windows
+
+    def train_step(self) -> Tensor:
+        """One optimizer step over the step's windows; returns their mean loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, self.settings)
+        total = torch.zeros((), device=self.world.device)
+        for batch, weight, is_last in self.micro_batches():
+            if self.world.size > 1:
+                self.trained.require_backward_grad_sync = is_last  # gradients are exchanged once a step
+            with self.autocast():
+                loss = self.trained(**batch, return_logits=False)[1]
+            self.scaler.scale(loss * weight).backward()
+            total += loss.detach() * weight
+        if self.settings.grad_clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.world.reduce(total) / self.world.size
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over eval_iters micro-batches of windows, spread evenly over the validation data."""
+        s, tokens = self.settings, self.val_data.tokens
+        block_size = min(s.block_size, len(tokens) - 1)
+        count = max(1, min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size))
+        starts = np.linspace(0, len(tokens) - 1 - block_size, count).astype(np.int64)
+        starts = starts[self.world.rank :: self.world.size]
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for first in range(0, len(starts), s.batch_size):
+            batch = self.eval_batch(starts[first : first + s.batch_size], block_size)
+            with self.autocast():
+                total += self.model(**batch, return_logits=False)[1] * len(batch["idx"])
+        return self.world.reduce(total).item() / count
+
+    def eval_batch(self, starts: np.ndarray, block_size: int) -> dict[str, Tensor]:
+        return window_batch(self.val_data.tokens, starts, block_size, self.world.device)
+
+    # -- the loop
+
+    def train(self) -> int:
+        """Train to the end, or to a signal; returns the signal, 0 if there was none."""
+        stop, first_step, s = StopRequest(), self.step, self.settings
+        self.lap()
+        while True:
+            is_due = self.step % s.eval_interval == 0 or self.step == s.max_iters
+            if is_due and not (self.resumed and self.step == first_step):
+                self.evaluate()
+            if s.patience is not None and self.evaluations_without_gain >= s.patience:
+                self.world.say(f"no better validation loss in {s.patience} evaluations: stopping early")
+                return 0
+            if self.step >= s.max_iters:
+                return 0
+            self.unchecked.append(self.train_step())
+            self.step += 1
+            if self.step % s.log_interval == 0 or self.step == first_step + 1:
+                self.log_losses()
+            if received := stop.agreed(self.world):
+                self.checkpoint()
+                self.world.say(f"stopped at step {self.step}; the same command goes on from here")
+                return received
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now, before = time.perf_counter(), getattr(self, "lap_started", 0.0)
+        self.lap_started = now
+        return now - before
+
+    def log_losses(self) -> None:
+        """Look at the losses since the last call. Raises InputError if one is not finite, before anything is saved."""
+        if not self.unchecked:
+            return
+        s, losses = self.settings, torch.stack(self.unchecked).tolist()
+        first_step = self.step - len(losses) + 1
+        self.unchecked = []
+        for step, loss in enumerate(losses, first_step):
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss of step {step} is {loss}: stopped, {self.folder.path / 'ckpt.pt'} keeps the last good "
+                    "state; a lower learning_rate or more warmup_iters may help"
+                )
+        seconds = self.lap()
+        self.train_seconds += seconds
+        speed = len(losses) * self.windows_per_step * s.block_size / seconds
+        left = (s.max_iters - self.step) * seconds / len(losses)
+        mean, lr = sum(losses) / len(losses), learning_rate_at(self.step - 1, s)
+        self.world.say(
+            f"step {self.step}/{s.max_iters} | loss {mean:.4f} | lr {lr:.2e} | {speed:,.0f} tokens/s | "
+            f"{duration(left)} left"
+        )
+        if self.world.is_main:
+            self.folder.log({"step": self.step, "losses": losses, "lr": lr, "tokens_per_s": speed})
+        if len(losses) == 1 and self.world.device.type == "cpu" and left > SLOW_RUN_SECONDS:
+            self.world.say(
+                f"on this CPU the run takes about {duration(left)}; with config/laptop.py on top, a model four times "
+                "narrower trains in minutes"
+            )
+
+    def evaluate(self) -> None:
+        """Validate, log and save, in this order: a checkpoint is never ahead of what was logged."""
+        self.log_losses()
+        loss = self.validate()
+        is_best = loss < self.best_val_loss
+        self.best_val_loss = min(loss, self.best_val_loss)
+        self.evaluations_without_gain = 0 if is_best else self.evaluations_without_gain + 1
+        self.world.say(f"step {self.step} | val loss {loss:.4f}" + (" (best)" if is_best else ""))
+        if self.world.is_main:
+            self.folder.log({"step": self.step, "val_loss": loss, "tokens_seen": self.tokens_seen()})
+        self.checkpoint(is_best)
+
+    def checkpoint(self, is_best: bool = False) -> None:
+        """Save the state, also as the best one if it is; the time this takes is not the training's."""
+        self.log_losses()
+        if self.world.is_main:
+            self.folder.save(self.state(), "ckpt.pt", *(["best.pt"] if is_best else []))
+        self.lap()
+
+    def finish(self) -> None:
+        """Measure the trained model in full, write summary.json and show it."""
+        s = self.settings
+        summary = {
+            "model": s.model,
+            "steps": self.step,
+            "tokens_seen": self.tokens_seen(),
+            "train_seconds": self.train_seconds,
+            "best_val_loss": self.best_val_loss,
+            "seed": s.seed,
+            "parents": self.parents,
+            "commit": git_commit(),
+            "checkpoint": str(self.folder.path / "ckpt.pt"),
+        }
+        folder = Path(s.data_dir, s.dataset)
+        summary |= evaluate_model(
+            self.model, TASKS, folder, s.data_dir, s.block_size, s.batch_size, self.world.device
+        )
+        self.folder.write_json("summary.json", summary)
+        print(format_summary(summary))
+        print(f"\nnext: python sample.py {self.folder.path}   or   python eval.py {self.folder.path}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45s, 12m30s, 3h05m."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
+    """Phase 'lm': next-token cross entropy on windows of text. Returns the signal that stopped it, 0 if none did."""
+    trainer = LMTrainer(job, folder, world)
+    checkpoint = folder.claim(job, world)
+    if checkpoint is not None and folder.is_finished(checkpoint, job.settings):
+        world.say(f"{folder.path} is finished, {checkpoint['iter_num']} steps; --overwrite=True trains it again")
+        return 0
+    trainer.build(checkpoint)
+    if job.settings.eval_only:
+        world.say(f"step {trainer.step} | val loss {trainer.validate():.4f}")
+        return 0
+    trainer.announce()
+    received = trainer.train()
+    if not received and world.is_main:
+        trainer.finish()
+    return received
+
+
+def main() -> None:
+    job = parse_train(sys.argv[1:])
+    folder = RunFolder(Path(job.settings.out_dir or Path("out", job.name)))
+    with open_world(job.settings.device) as world:
+        received = train_language_model(job, folder, world)
+    if received:
+        sys.exit(128 + received)
+
+
+if __name__ == "__main__":
+    run(main)
