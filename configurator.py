@@ -15,7 +15,6 @@ import dataclasses
 import difflib
 import errno
 import inspect
-import math
 import re
 import sys
 import types
@@ -190,11 +189,11 @@ WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what w
 
 
 def check_range(settings: object, lowest: float, *names: str) -> None:
-    """Raises InputError if a named setting is below lowest, or not finite; None is left alone."""
+    """Raises InputError if a named setting is below lowest, not finite, or too large for torch; None is left alone."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not (value >= lowest and math.isfinite(value)):
-            raise InputError(f"{name}={value} has to be at least {lowest}")
+        if value is not None and not lowest <= value < 2**63:
+            raise InputError(f"{name}={value} has to be " + ("below 2^63" if value > lowest else f"at least {lowest}"))
 
 
 # ---------------------------------------------------------------------------------- from the command line to settings
@@ -290,7 +289,7 @@ def read_config(path: str) -> dict[str, Any]:
         raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else "")) from None
     except SyntaxError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid Python ({error.msg})") from None
-    except Exception as error:  # whatever the file's own code raises
+    except (Exception, SystemExit) as error:  # whatever the file's own code raises
         raise InputError(f"{path} does not run: {type(error).__name__}: {one_line(error)}") from None
     return {k: v for k, v in values.items() if not k.startswith("__") and not isinstance(v, types.ModuleType)}
 
@@ -298,7 +297,7 @@ def read_config(path: str) -> dict[str, Any]:
 def pick(values: dict[str, Any], key: str, default: str, table: dict[str, Any]) -> str:
     """The row of a table that a key names."""
     name = values.get(key, default)
-    if name not in table:
+    if name not in list(table):  # a list compares, and a config file may assign what has no hash
         raise InputError(f"{key}={name!r} is not one of {', '.join(table)}")
     return str(name)
 
@@ -329,7 +328,7 @@ def make(cls: type[S], values: dict[str, Any]) -> S:
     checked = {key: convert(key, values[key], hints[key]) for key in names(cls) if key in values}
     try:
         return cls(**checked)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(one_line(error)) from None
 
 
@@ -338,7 +337,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     literal = parse_text(value, options) if isinstance(value, Text) else value
     for option in options:
-        if option is float and type(literal) is int:
+        if option is float and type(literal) is int and abs(literal) <= sys.float_info.max:
             return float(literal)
         if typing.get_origin(option) is Literal and literal in typing.get_args(option):
             return literal
@@ -353,12 +352,12 @@ def parse_text(text: Text, options: tuple[Any, ...]) -> Any:
     """What was typed -> a Python value; where the setting is a string, all but None is taken as it stands."""
     try:
         literal = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         literal = {"true": True, "false": False, "none": None}.get(text.lower(), str(text))
     if literal is None and type(None) in options:
         return None
     is_string = any(option is str or typing.get_origin(option) is Literal for option in options)
-    return str(text) if is_string and not isinstance(literal, str) else literal
+    return str(text) if is_string else literal
 
 
 def type_name(hint: Any) -> str:
@@ -445,12 +444,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} holds no checkpoint: train one with train.py, or name a run folder")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:  # zip and pickle readers each have errors of their own
         raise InputError(f"{file} cannot be read ({type(error).__name__}): truncated, or no checkpoint") from None
-    missing = {"model", "model_args", "iter_num", "config"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing or checkpoint["config"].get("model") not in MODELS:
+    layout = {"model": dict, "model_args": dict, "iter_num": int, "config": dict}
+    fits = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in layout.items())
+    if not fits or checkpoint["config"].get("model") not in list(MODELS):
         raise InputError(f"{file} is no checkpoint of this version of the project: train it again")
     return checkpoint
 

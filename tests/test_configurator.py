@@ -1,0 +1,433 @@
+"""Settings from files and command lines, the models built from them, and what is said of bad input."""
+
+import errno
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_pythia import Malicious, truncate
+
+from configurator import (
+    MODELS,
+    PHASES,
+    SETTINGS,
+    EvalSettings,
+    InputError,
+    Job,
+    PrepSettings,
+    SampleSettings,
+    Text,
+    baseline_config,
+    build_model,
+    convert,
+    known_keys,
+    load_source,
+    model_args,
+    names,
+    parse_settings,
+    parse_train,
+    pick_device,
+    read_checkpoint,
+    run,
+)
+from model_mla import MLAConfig
+from pythia_base import PythiaConfig
+
+CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.py"))
+MLA_128 = str(next(file for file in CONFIG_FILES if file.stem == "mla_kv128"))
+LAPTOP = str(next(file for file in CONFIG_FILES if file.stem == "laptop"))
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    file = folder / f"{name}.py"
+    file.write_text(text)
+    return str(file)
+
+
+def parse_files(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> Job:
+    """parse_train with config files of these texts, named a, b, ..."""
+    paths = [write(folder, name, text) for name, text in zip("abc", texts, strict=False)]
+    return parse_train([*paths, *overrides])
+
+
+# -------------------------------------------------------------------------------------------------- layers, overrides
+
+
+def test_later_files_and_the_command_line_have_the_last_word(tmp_path: Path) -> None:
+    first = "model = 'mla'\nkv_dim = 64\nmax_iters = 1\nbatch_size = 2"
+    job = parse_files(tmp_path, first, "max_iters = 3\nseed = 4", overrides=("--seed=5", "--kv-dim=32", "--kv_dim=16"))
+    assert (job.settings.batch_size, job.settings.max_iters, job.settings.seed) == (2, 3, 5)
+    assert job.model_config == MLAConfig(kv_dim=16)
+    assert job.name == "a-b"
+
+
+def test_nothing_given_is_the_baseline() -> None:
+    assert parse_train([]) == Job(PHASES["lm"](), PythiaConfig(), name="pythia", passed_over=[])
+
+
+def test_scripts_take_files_and_overrides(tmp_path: Path) -> None:
+    """Where a script takes config files, settings of other scripts in them are passed over."""
+    files = [write(tmp_path, "a", "dataset = 'pile'\nkv_dim = 64\nseed = 1"), write(tmp_path, "b", "seed = 2")]
+    assert parse_settings(PrepSettings, [*files, "--seed=3"]) == (PrepSettings(dataset="pile", seed=3), files)
+    assert parse_settings(PrepSettings, files)[0].seed == 2
+    assert parse_settings(EvalSettings, ["out/a", "--batch_size=2", "out/b"], takes="runs") == (
+        EvalSettings(batch_size=2),
+        ["out/a", "out/b"],
+    )
+
+
+@pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.stem)
+def test_every_config_file_parses_alone_and_below_the_laptop_layer(file: Path) -> None:
+    alone, narrow = parse_train([str(file)]), parse_train([str(file), LAPTOP])
+    assert alone.passed_over == []
+    if alone.settings.width_divisor == 1:
+        assert narrow.model_config.hidden_size * 4 == alone.model_config.hidden_size
+    assert narrow.settings.width_divisor == 4
+
+
+def test_a_width_divisor_divides_every_width_and_nothing_else() -> None:
+    job = parse_train([MLA_128, "--width_divisor=4"])
+    assert job.model_config == MLAConfig(hidden_size=128, intermediate_size=512, kv_dim=32)
+    assert (job.model_config.num_heads, job.model_config.num_layers) == (8, 6)
+    assert baseline_config(job.model_config) == PythiaConfig(hidden_size=128, intermediate_size=512)
+
+
+def test_a_layer_may_hold_keys_that_the_model_does_not_have(tmp_path: Path) -> None:
+    job = parse_files(tmp_path, "model = 'pythia'", "kv_dim = 64\nmax_iters = 3\nstage = 'tokens'")
+    assert job.passed_over == ["kv_dim", "stage"]
+    assert job.settings.max_iters == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- types
+
+Mode = Literal["auto", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (Text("1"), float, 1.0),
+        (Text("-1e-3"), float, -0.001),
+        (Text("1_000"), int, 1000),
+        (Text("None"), int | None, None),
+        (Text("none"), str | None, None),
+        (Text("None"), str, "None"),
+        (Text("true"), bool, True),
+        (Text("False"), bool | None, False),
+        (True, bool, True),  # a bare --key
+        (Text("12"), str, "12"),
+        (Text("1e5"), str | None, "1e5"),
+        (Text("True"), str, "True"),
+        (Text("[1]"), str, "[1]"),
+        (Text("'quoted'"), str, "'quoted'"),
+        (Text("a = b"), str, "a = b"),
+        (Text("{[]: 1}"), str, "{[]: 1}"),
+        (Text(""), str, ""),
+        (Text("fast"), Mode, "fast"),
+        (Text("[1, 2]"), list[int], [1, 2]),
+        (Text("(1, 2)"), list[float], [1.0, 2.0]),
+        (Text("['a', 'b']"), list[str], ["a", "b"]),
+        (Text("[]"), list[int] | None, []),
+        (1, float, 1.0),
+        (None, float | None, None),
+        ((0.5, 1), list[float], [0.5, 1.0]),
+    ],
+)
+def test_values_get_the_type_of_their_setting(value: Any, hint: Any, expected: Any) -> None:
+    converted = convert("key", value, hint)
+    assert (converted, type(converted)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "named"),
+    [
+        (Text("1.0"), int, "int"),
+        (Text("1e3"), int, "int"),
+        (Text("True"), int, "int"),
+        (Text("one"), int, "int"),
+        (Text(""), int, "int"),
+        (Text("None"), int, "int"),
+        (Text("{[]: 1}"), int, "int"),
+        (Text("nan"), float, "float"),
+        (Text("True"), float, "float"),
+        (Text("1" + "0" * 400), float, "float"),
+        (Text("1"), bool, "bool"),
+        (Text("fst"), Mode, "one of 'auto', 'fast'"),
+        (Text("[1, 'a']"), list[int], "int"),
+        (Text("[1, 2"), list[int], "a list of int"),
+        (Text("1"), list[int] | None, "a list of int or None"),
+        ("1", int, "int"),
+        (1, str, "str"),
+        (True, str, "str"),  # a bare --key
+        ([], Mode, "one of 'auto', 'fast'"),
+    ],
+)
+def test_values_of_another_type_are_refused(value: Any, hint: Any, named: str) -> None:
+    with pytest.raises(InputError, match=f"key=.* has to be {re.escape(named)}$"):
+        convert("key", value, hint)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+MLA = "model = 'mla'\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "overrides", "message"),
+    [
+        ([], ["--lerning_rate=1"], "the command line: unknown key 'lerning_rate', did you mean 'learning_rate'?"),
+        ([], ["--qqqq=1"], "the command line: unknown key 'qqqq'; --help lists all keys"),
+        ([], ["--=1"], "unknown key ''"),
+        ([MLA + "kv_dimm = 1"], [], "a.py: unknown key 'kv_dimm', did you mean 'kv_dim'?"),
+        ([MLA, "kv_dimm = 1"], [], "b.py: unknown key 'kv_dimm'"),
+        ([], ["--kv_dim=64"], "the command line: 'kv_dim' is no setting of model='pythia', phase='lm'"),
+        (["model = 'pythia'\nkv_dim = 64"], [], "a.py: 'kv_dim' is no setting of model='pythia'"),
+        ([MLA + "rotary_pct = 0.5"], [], "a.py: 'rotary_pct' is no setting of model='mla'"),
+        (["phase = 'lm'\nnum_samples = 2"], [], "a.py: 'num_samples' is no setting of"),
+        ([], ["-x"], "'-x' is no option: options are written --key=value"),
+        ([], ["--model=gpt"], "model='gpt' is not one of pythia, mla"),
+        ([], ["--model"], "model=True is not one of pythia, mla"),
+        (["model = ['mla']"], [], "model=['mla'] is not one of pythia, mla"),
+        ([], ["--phase=lmm"], "phase='lmm' is not one of lm"),
+        ([], ["--max_iters"], "max_iters=True has to be int"),
+        (["max_iters = '5'"], [], "max_iters='5' has to be int"),
+        ([], ["--max_iters=-1"], "max_iters=-1 has to be at least 0"),
+        ([], ["--batch_size=0"], "batch_size=0 has to be at least 1"),
+        ([], ["--patience=0"], "patience=0 has to be at least 1"),
+        ([], ["--seed=1" + "0" * 400], "has to be below 2^63"),
+        ([], ["--learning_rate=1e999"], "learning_rate=inf has to be below 2^63"),
+        (["learning_rate = float('nan')"], [], "learning_rate=nan has to be at least 0"),
+        (["beta1 = float('nan')"], [], "beta1=nan has to be at least 0 and below 1"),
+        ([], ["--beta2=1"], "beta2=1.0 has to be at least 0 and below 1"),
+        ([], ["--num_heads=7"], "num_heads=7 does not divide hidden_size=512"),
+        ([], ["--hidden_size=8" + "0" * 400], "too large"),
+        ([], ["--rotary_pct=0.05"], "has to be even"),
+        ([MLA + "alibi_slope = float('inf')"], [], "alibi_slope=inf"),
+        ([MLA + "kv_dim = 6"], ["--width_divisor=4"], "width_divisor=4 does not divide kv_dim=6"),
+        ([], ["--width_divisor=0"], "width_divisor=0 has to be at least 1"),
+        (["model = "], [], "a.py, line 1: not valid Python"),
+        (["seed = 1\nseed = 1 / 0"], [], "a.py does not run: ZeroDivisionError: division by zero"),
+        (["import nothing_of_that_name"], [], "a.py does not run: ModuleNotFoundError"),
+        (["exit(0)"], [], "a.py does not run: SystemExit"),
+        (["seed = '\0'"], [], "a.py"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, texts: list[str], overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_files(tmp_path, *texts, overrides=tuple(overrides))
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "argument", "message"),
+    [
+        (PrepSettings, "--val_fraction=1", "val_fraction=1.0 has to be between 0 and 1"),
+        (PrepSettings, "--num_workers=0", "num_workers=0 has to be at least 1"),
+        (PrepSettings, "--tokenizer=bpe", "tokenizer='bpe' has to be one of 'neox', 'gpt2'"),
+        (EvalSettings, "--batchsize=1", "unknown key 'batchsize', did you mean 'batch_size'?"),
+        (SampleSettings, "--temperature=-1", "temperature=-1.0 has to be at least 0"),
+        (SampleSettings, "--kv_dim=1", "'kv_dim' is no setting of this script"),
+    ],
+)
+def test_bad_settings_of_a_script_are_named(settings_class: type, argument: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_settings(settings_class, [argument])
+
+
+def test_a_file_of_a_script_holds_only_known_keys(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.py: unknown key 'valfraction', did you mean 'val_fraction'\?"):
+        parse_settings(PrepSettings, [write(tmp_path, "a", "valfraction = 0.5")])
+
+
+def test_a_missing_config_file_suggests_its_neighbour() -> None:
+    with pytest.raises(InputError, match=r"no config file .*mla_kv12\.py; did you mean .*mla_kv128\.py\?"):
+        parse_train([MLA_128.replace("128", "12")])
+    with pytest.raises(InputError, match=r"no config file nowhere/a\.py$"):
+        parse_train(["nowhere/a.py"])
+    with pytest.raises(InputError, match="does not run: IsADirectoryError"):
+        parse_train([str(CONFIG_FILES[0].parent)])
+
+
+KEYS = st.sampled_from(sorted(known_keys()))
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers() | st.text())
+TYPED = st.text() | VALUES.map(repr) | st.sampled_from(["0x" + "f" * 5000, "9" * 5000, "(" * 500, "{[]}", "1e999"])
+ARGUMENTS = st.lists(st.builds("--{}={}".format, KEYS | st.text(), TYPED) | KEYS.map("--{}".format), max_size=4)
+
+
+@settings(deadline=None, max_examples=300)
+@given(ARGUMENTS, st.sampled_from(SETTINGS))
+def test_a_command_line_parses_or_is_refused(arguments: list[str], settings_class: type) -> None:
+    """Whatever is typed, nothing but InputError is raised."""
+    with suppress(InputError):
+        parse_train(arguments)
+    with suppress(InputError):
+        parse_settings(settings_class, arguments)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_a_config_file_parses_or_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    with suppress(InputError):
+        parse_files(tmp_path, "".join(f"{key} = {value!r}\n" for key, value in values.items()))
+
+
+# --------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    ("ask", "classes"),
+    [
+        (parse_train, [*PHASES.values(), *(config for config, _ in MODELS.values())]),
+        *(
+            (lambda argv, cls=cls: parse_settings(cls, argv), [cls])
+            for cls in (PrepSettings, EvalSettings, SampleSettings)
+        ),
+    ],
+    ids=["train", "prep", "eval", "sample"],
+)
+def test_help_lists_every_key_once_with_type_default_and_comment(
+    ask: Callable[[list[str]], Any], classes: list[type], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        ask(["--seed=2", "--help"])
+    text = capsys.readouterr().out
+    shown = re.findall(r"^  --(\w+)=\S.* \(.+\)\n      \S+", text, re.MULTILINE)
+    assert len(shown) == len(set(shown)) == text.count("\n  --")
+    assert set(shown) == {name for cls in classes for name in names(cls)}
+
+
+def test_help_says_what_a_key_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse_train(["-h"])
+    text = capsys.readouterr().out
+    assert "  --kv_dim=128 (int)\n      width L of the latent, all that is cached" in text
+    assert "  --patience=None (int or None)\n" in text
+    assert "  --dtype='auto' (one of 'auto', 'float32', 'bfloat16', 'float16')\n" in text
+
+
+# ------------------------------------------------------------------------------------------------ models and their runs
+
+SMALL = {"vocab_size": 31, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
+
+
+def make_run(folder: Path, name: str = "pythia", **changes: Any) -> dict[str, Any]:
+    """A run folder with ckpt.pt, what the file holds changed on request; returns what it holds."""
+    config = MODELS[name][0](**SMALL, **({"kv_dim": 8} if name == "mla" else {}))
+    checkpoint = {
+        "model": build_model(name, config).state_dict(),
+        "model_args": model_args(config),
+        "iter_num": 3,
+        "config": {"model": name},
+    }
+    folder.mkdir(exist_ok=True)
+    torch.save(checkpoint | changes, folder / "ckpt.pt")
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", ["pythia", "mla"])
+def test_a_run_is_loaded_as_it_was_saved(tmp_path: Path, name: str) -> None:
+    saved = make_run(tmp_path, name)
+    for source in (tmp_path, tmp_path / "ckpt.pt"):
+        model, checkpoint = load_source(str(source))
+        assert model_args(model.config) == saved["model_args"]
+        torch.testing.assert_close(model.state_dict(), saved["model"], atol=0, rtol=0)
+        assert checkpoint is not None
+        assert checkpoint["iter_num"] == 3
+        assert type(model) is MODELS[name][1]
+
+
+def test_huggingface_weights_are_a_source(tmp_path: Path) -> None:
+    baseline = build_model("pythia", PythiaConfig(**SMALL))
+    baseline.save_pretrained(tmp_path)
+    model, checkpoint = load_source(str(tmp_path))
+    assert checkpoint is None
+    torch.testing.assert_close(model.state_dict(), baseline.state_dict(), atol=0, rtol=0)
+
+
+def replace_checkpoint(make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    return lambda folder: torch.save(make(folder), folder / "ckpt.pt")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda folder: (folder / "ckpt.pt").unlink(), "holds neither a checkpoint nor Hugging Face weights"),
+    "empty": (lambda folder: (folder / "ckpt.pt").write_bytes(b""), "ckpt.pt cannot be read"),
+    "truncated": (lambda folder: truncate(folder / "ckpt.pt"), r"ckpt\.pt cannot be read"),
+    "no-mapping": (replace_checkpoint(lambda _: [1, 2]), "no checkpoint of this version"),
+    "other-keys": (lambda folder: torch.save({"model": {}}, folder / "ckpt.pt"), "no checkpoint of this version"),
+    "other-model": (lambda folder: make_run(folder, config={"model": "gpt"}), "no checkpoint of this version"),
+    "other-config": (lambda folder: make_run(folder, config=[1]), "no checkpoint of this version"),
+    "unhashable-model": (lambda folder: make_run(folder, config={"model": []}), "no checkpoint of this version"),
+    "other-settings": (lambda folder: make_run(folder, model_args={"n_embd": 4}), "another version of its model"),
+    "mistyped-settings": (lambda folder: make_run(folder, model_args={"num_heads": "8"}), "another version of its"),
+    "other-shape": (lambda folder: make_run(folder, model_args=SMALL | {"vocab_size": 30}), "another version of its"),
+    "other-weights": (lambda folder: make_run(folder, model={}), "another version of its model: .*Missing key"),
+    "weights-no-mapping": (lambda folder: make_run(folder, model=[1]), "no checkpoint of this version"),
+    "malicious": (replace_checkpoint(lambda folder: Malicious(folder / "executed")), "ckpt.pt cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_run_is_refused(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    """In one line that names it, and nothing is executed."""
+    make_run(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}.*{message}"):
+        load_source(str(tmp_path))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=f"{path} holds no checkpoint"):
+            read_checkpoint(path)
+    with pytest.raises(InputError, match=r"nowhere.* is no local folder"):
+        load_source(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"device='{name}' cannot be used here"):
+        pick_device(name)
+
+
+# -------------------------------------------------------------------------------------------------------- exit statuses
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("one\ntwo"), 2, "error: one two\n"),
+        (
+            OSError(errno.ENOSPC, "No space left", "out/ckpt.pt"),
+            2,
+            "error: No space left: out/ckpt.pt; what was complete",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_of_the_user_end_in_a_line_and_a_status(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        run(main)
+    assert exit_info.value.code == status
+    shown = capsys.readouterr().err
+    assert shown.startswith(line)
+    assert shown.count("\n") == len(line.splitlines())
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), FileNotFoundError(errno.ENOENT, "not there")])
+def test_errors_of_the_project_are_not_hidden(error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error), match=r"a defect|not there"):
+        run(main)
