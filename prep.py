@@ -27,11 +27,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import unicodedata
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import islice
@@ -410,7 +412,7 @@ class HubSet:
     path: str
     config: str
     split: str
-    documents: int
+    documents: int  # about, as published
     read: Callable[[Iterable[Row]], Iterator[Row]] = iter
 
 
@@ -604,7 +606,16 @@ worker_encoder: Encoder  # of a worker process, set by start_worker
 def start_worker(settings: PrepSettings) -> None:
     global worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=end_with_parent, daemon=True).start()
     worker_encoder = Encoder(settings, load_tokenizer(settings.tokenizer, settings.data_dir))
+
+
+def end_with_parent() -> None:
+    """A parent that is killed takes its workers along; they would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def encode_in_worker(batch: Sequence[Document]) -> list[Encoded]:
@@ -621,14 +632,17 @@ def encode_all(source: Source, settings: PrepSettings, tokenizer: Tokenizer) -> 
             yield from encoded
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
-    with ProcessPoolExecutor(workers, context, start_worker, (settings,)) as pool:
-        pending: deque[Future[list[Encoded]]] = deque()
-        for batch in batches:
-            pending.append(pool.submit(encode_in_worker, batch))
-            if len(pending) > 2 * workers:
+    pending: deque[Future[list[Encoded]]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, context, start_worker, (settings,)) as pool:
+            for batch in batches:
+                pending.append(pool.submit(encode_in_worker, batch))
+                if len(pending) > 2 * workers:
+                    yield from pending.popleft().result()
+            while pending:
                 yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise InputError("a tokenising process was killed, for want of memory? try fewer, --num_workers=N") from None
 
 
 def available_cores() -> int:
