@@ -189,6 +189,8 @@ class InfiniAttention(nn.Module):
     def init_cache(self, batch_size: int, max_len: int) -> MemoryCache:
         return MemoryCache(batch_size, self.config, like=self.W_Q.weight)
 
+    # unrolled over its segments, the loop below would take minutes to compile
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, start: int, cache: Memory | None) -> Tensor:
         """x (B, T, C), its first token at position start -> (B, T, C)."""
         q, k, v = (split_heads(W(x), self.config.num_heads) for W in (self.W_Q, self.W_K, self.W_V))  # (B, H, T, D)
