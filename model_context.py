@@ -27,7 +27,7 @@ replaced, plus at most 993 x 256 (1,016,832 bytes in float32).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -66,6 +66,8 @@ class ContextPythiaConfig(PythiaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "context_dim")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init={self.init!r} is not one of {', '.join(get_args(Init))}")
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,15 @@ class ContextBlock(nn.Module):
 
 def init_context_linear(linear: nn.Linear, init: Init) -> None:
     """normal: weights normal(0, 0.1), biases normal(0, 0.01). The others, biases 0, are there to be compared with."""
-    if init == "normal":
-        nn.init.normal_(linear.weight, std=WEIGHT_STD)
-        nn.init.normal_(linear.bias, std=BIAS_STD)
-        return
-    if init == "xavier":
-        nn.init.xavier_uniform_(linear.weight)
-    else:
-        nn.init.kaiming_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
+    match init:
+        case "normal":
+            nn.init.normal_(linear.weight, std=WEIGHT_STD)
+            nn.init.normal_(linear.bias, std=BIAS_STD)
+        case "xavier":
+            nn.init.xavier_uniform_(linear.weight)
+        case "kaiming":
+            nn.init.kaiming_uniform_(linear.weight)
 
 
 # ------------------------------------------------------------- Phase 1: OACD, origin-anchored centroid dispersion
@@ -184,7 +186,7 @@ def effective_rank(contexts: Tensor) -> float:
 
 def first_contexts(num_tokens: int, context_dim: int) -> Tensor:
     """What the first iteration takes for the contexts of the one before it, (N, E), on the CPU."""
-    return FIRST_CONTEXTS_STD * torch.randn(num_tokens, context_dim)
+    return torch.empty(num_tokens, context_dim).normal_(std=FIRST_CONTEXTS_STD)
 
 
 def oacd_iteration(

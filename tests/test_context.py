@@ -110,10 +110,10 @@ def test_the_gathered_token_half_is_the_direct_one_with_the_same_gradients(num_l
 def test_the_init_and_the_phase_1_table_are_context_mds() -> None:
     """These were once lost in an edit, and Phase 1 stopped converging."""
     torch.manual_seed(0)
-    for model in (
-        ContextPythiaModel(ContextPythiaConfig(vocab_size=97)),
-        ContextKVPythiaModel(ContextKVConfig(vocab_size=97)),
-    ):
+    context = ContextPythiaModel(ContextPythiaConfig(vocab_size=97))
+    assert context.W_in.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    models: list[Any] = [context, ContextKVPythiaModel(ContextKVConfig(vocab_size=97))]
+    for model in models:
         block = model.context_block
         linear = block.linears[0]
         assert linear.weight.shape == (256, 256 + 512)
@@ -124,6 +124,8 @@ def test_the_init_and_the_phase_1_table_are_context_mds() -> None:
         embeddings = torch.randn(3, 512)
         torch.testing.assert_close(block.embed_norm(embeddings), torch.nn.functional.layer_norm(embeddings, (512,)))
         assert not list(block.embed_norm.parameters()), "embed_norm's scale and shift stay at 1 and 0"
+        attention = model.layers[0].attention
+        assert attention.dense.weight.std().item() == pytest.approx(0.02 / math.sqrt(12), rel=0.02)
     assert first_contexts(1000, 256).std().item() == pytest.approx(0.01, rel=0.02)
     table = {
         "num_tokens": 100_000,
@@ -167,6 +169,8 @@ def test_one_iteration_is_the_plain_loop() -> None:
     before = torch.randn(23, 5, dtype=torch.float64)
     contexts = before.clone()
     optimizer = torch.optim.SGD(block.parameters(), lr=1.0)
+    for parameter in block.parameters():
+        parameter.grad = torch.ones_like(parameter)  # left over from the iteration before
     torch.manual_seed(7)
     numbers = {**PASS, "batch_size": 10, "gradient_clip": 0.01, "convergence_threshold": 0.5}
     loss, rate = oacd_iteration(block, table, tokens, contexts, optimizer, **numbers)
