@@ -39,9 +39,9 @@ from configurator import (
 from model_mla import MLAConfig
 from pythia_base import PythiaConfig
 
-CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.py"))
-MLA_128 = str(next(file for file in CONFIG_FILES if file.stem == "mla_kv128"))
-LAPTOP = str(next(file for file in CONFIG_FILES if file.stem == "laptop"))
+CONFIG = Path(__file__).parent.parent / "config"
+CONFIG_FILES = sorted(CONFIG.glob("*.py"))
+MLA_128, LAPTOP = str(CONFIG / "mla_kv128.py"), str(CONFIG / "laptop.py")
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -65,6 +65,11 @@ def test_later_files_and_the_command_line_have_the_last_word(tmp_path: Path) -> 
     assert (job.settings.batch_size, job.settings.max_iters, job.settings.seed) == (2, 3, 5)
     assert job.model_config == MLAConfig(kv_dim=16)
     assert job.name == "a-b"
+
+
+def test_the_last_model_named_is_the_one(tmp_path: Path) -> None:
+    job = parse_files(tmp_path, "model = 'mla'", "model = 'context'", overrides=("--model=pythia",))
+    assert (job.settings.model, job.model_config) == ("pythia", PythiaConfig())
 
 
 def test_nothing_given_is_the_baseline() -> None:
@@ -250,7 +255,7 @@ def test_a_missing_config_file_suggests_its_neighbour() -> None:
     with pytest.raises(InputError, match=r"no config file nowhere/a\.py$"):
         parse_train(["nowhere/a.py"])
     with pytest.raises(InputError, match="does not run: IsADirectoryError"):
-        parse_train([str(CONFIG_FILES[0].parent)])
+        parse_train([str(CONFIG)])
 
 
 KEYS = st.sampled_from(sorted(known_keys()))
