@@ -57,7 +57,7 @@ class TrainSettings:
     phase: Literal["lm", "phase1", "phase2"] = "lm"  # language model, ContextBlock alone, or model on frozen contexts
     out_dir: str | None = None  # the run's folder; None: out/ and the names of the config files
     overwrite: bool = False  # start anew in a folder that holds another run
-    init_from: str = "scratch"  # 'scratch', 'resume', a run folder, a Hugging Face folder or hub id
+    init_from: str = "scratch"  # 'scratch', 'resume', a run folder, a config (its run), a Hugging Face folder or hub id
     dataset: str = "mini"  # folder below data_dir
     data_dir: str = "data"  # where prep.py puts token files
     width_divisor: int = 1  # divides hidden_size, intermediate_size, kv_dim and context_dim of the model
@@ -90,6 +90,7 @@ class LMSettings(TrainSettings):
     eval_iters: int = 20  # micro-batches of the validation data per evaluation; the end of a run takes all of it
     log_interval: int = 10  # steps between lines of the log
     patience: int | None = None  # stop after so many evaluations without a better loss; None: never
+    min_ppl_gain: float = 0.0  # how much lower the PPL has to be to count as better for patience
     eval_only: bool = False  # evaluate and stop
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products in training
     compile: bool | None = None  # torch.compile; None: on CUDA only
@@ -99,16 +100,23 @@ class LMSettings(TrainSettings):
         check_range(self, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters")
         check_range(self, 1, "log_interval", "patience", "lr_decay_iters")
         check_range(self, 0, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+        check_range(self, 0, "min_ppl_gain")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} has to be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
+class Phase2Settings(LMSettings):
+    """Training all of a model but its ContextBlock, on the exact contexts of the token stream."""
+
+
+@dataclass(frozen=True)
 class Phase1Settings(TrainSettings):
     """Training a ContextBlock alone, without labels (OACD)."""
 
-    num_tokens: int = 100_000  # of the training tokens, from the first on
+    num_tokens: int = 100_000  # of the training tokens for each ContextBlock
+    cascade_data: Literal["split", "all"] = "split"  # several blocks: each on its own part of the data, or all on all
     max_iterations: int = 100  # passes over all of them, one optimizer step each
     convergence_threshold: float = 0.03  # a context that moves by less, mean squared, has settled
     learning_rate: float = 0.003  # Adam
@@ -117,10 +125,11 @@ class Phase1Settings(TrainSettings):
     context_noise: float = 0.05  # standard deviation of what is added to the input contexts
     early_stopping_threshold: float = 0.9  # stop once this share of the contexts has settled
     centroid_weight: float = 0.1  # weight of the loss term that keeps the contexts' mean at the origin
+    checkpoint_interval: int = 10  # iterations between checkpoints
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, 1, "num_tokens", "max_iterations", "batch_size")
+        check_range(self, 1, "num_tokens", "max_iterations", "batch_size", "checkpoint_interval")
         check_range(self, 0, "convergence_threshold", "learning_rate", "gradient_clip", "context_noise")
         check_range(self, 0, "early_stopping_threshold", "centroid_weight")
 
@@ -183,7 +192,7 @@ class SampleSettings:
         check_range(self, 1, "max_new_tokens", "top_k", "num_samples")
 
 
-PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings}
+PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": Phase2Settings}
 SETTINGS: tuple[type, ...] = (*PHASES.values(), PrepSettings, EvalSettings, SampleSettings)
 WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
 
@@ -206,6 +215,7 @@ class Job:
     settings: Any  # of the phase
     model_config: Any  # of the model
     name: str  # of the run's folder, from the names of the config files
+    parent: str  # the command that makes the run which a config given as init_from stands for
     passed_over: list[str]  # keys of layered files that this model and phase do not have
 
 
@@ -224,7 +234,7 @@ def parse_train(argv: list[str]) -> Job:
     values: dict[str, Any] = {}
     passed_over: list[str] = []
     for where, keys in [*files.items(), ("the command line", overrides)]:
-        is_layer = where in files and not keys.keys() & {"model", "phase"}
+        is_layer = where in files and not picks(keys)
         for key, value in keys.items():
             if key in valid:
                 values[key] = value
@@ -233,12 +243,28 @@ def parse_train(argv: list[str]) -> Job:
             else:
                 raise InputError(unknown_key(key, where, valid, merged))
     settings: Any = make(settings_class, values)
+    layers = [path for path, keys in files.items() if not picks(keys)]
+    parent = ""
+    if settings.init_from.endswith(".py"):
+        parent = " ".join(["python train.py", settings.init_from, *layers])
+        settings = dataclasses.replace(settings, init_from=f"out/{run_name([settings.init_from, *layers])}")
     return Job(
         settings=settings,
         model_config=make(config_class, divide_widths(config_class, values, settings.width_divisor)),
-        name="-".join(Path(path).stem for path in paths) or "pythia",
+        name=run_name(paths) or "pythia",
+        parent=parent,
         passed_over=passed_over,
     )
+
+
+def picks(keys: dict[str, Any]) -> bool:
+    """Whether a config file picks the model or the phase; one that does not is a layer for any."""
+    return bool(keys.keys() & {"model", "phase"})
+
+
+def run_name(paths: list[str]) -> str:
+    """The names of config files, joined by hyphens."""
+    return "-".join(Path(path).stem for path in paths)
 
 
 def parse_settings(settings_class: type[S], argv: list[str], takes: str = "[config files]") -> tuple[S, list[str]]:
