@@ -149,10 +149,17 @@ class PrepSettings:
     max_tokens: int | None = None  # stop after about so many tokens
     num_workers: int | None = None  # tokenising processes; None: one per core
     overwrite: bool = False  # replace token files made with other settings
+    init_from: str = ""  # contexts: the run of a trained ContextBlock, such as out/phase1
+    method: Literal["lanes", "sequential"] = "lanes"  # contexts: parts of the stream in lockstep, or token by token
+    lanes: int = 128  # contexts: parts of a chunk that advance in lockstep
+    overlap: int = 100  # contexts: tokens before its first that a lane begins at, to forget where it started
+    tolerance: float = 3e-6  # contexts: a lane whose state is further from the end of the lane before is run again
+    chunk_tokens: int = 64_000  # contexts: tokens on the device at a time, and what an interruption loses at most
+    device: str = "auto"  # contexts: 'auto' takes cuda, then mps, then cpu
 
     def __post_init__(self) -> None:
-        check_range(self, 0, "reversal_repeats", "seed")
-        check_range(self, 1, "max_tokens", "num_workers")
+        check_range(self, 0, "reversal_repeats", "seed", "tolerance")
+        check_range(self, 1, "max_tokens", "num_workers", "lanes", "overlap", "chunk_tokens")
         if not 0 < self.val_fraction < 1:
             raise InputError(f"val_fraction={self.val_fraction} has to be between 0 and 1")
 

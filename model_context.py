@@ -349,6 +349,11 @@ class ContextPythiaModel(PythiaModel):
         if isinstance(module, ContextAttention):
             nn.init.normal_(module.dense.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
 
+    @property
+    def context_blocks(self) -> list[ContextBlock]:
+        """The blocks whose contexts, side by side, the model reads."""
+        return [self.context_block]
+
     def freeze_for_phase2(self) -> None:
         """Phase 2 trains all but what the cached contexts were computed with."""
         self.context_block.requires_grad_(False)
@@ -454,6 +459,11 @@ class ContextKVPythiaModel(PythiaModel):
         super().init_weights(module)
         if isinstance(module, IntervalAttention):
             nn.init.normal_(module.dense.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+
+    @property
+    def context_blocks(self) -> list[ContextBlock]:
+        """The blocks whose contexts, side by side, the model reads."""
+        return [self.context_block]
 
     def freeze_for_phase2(self) -> None:
         """Phase 2 trains all but what the cached contexts were computed with."""
