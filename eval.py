@@ -219,6 +219,10 @@ def evaluate_model(
 # ------------------------------------------------------------------------------------------------------ tables
 
 
+def format_rank(rank: float, width: int) -> str:
+    return f"{rank:.1f}/{width} = {rank / width:.1%}"
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -233,7 +237,6 @@ def format_summary(results: dict[str, Any]) -> str:
     rows = [
         ["validation loss", f"{results['val_loss']:.4f}"],
         ["validation PPL", f"{results['val_ppl']:.1f}"],
-        ["  which is", results["ppl_meaning"] + " (for about 50,000 subwords)"],
         ["validation accuracy", f"{results['val_accuracy']:.1%}"],
         *(["PPL at positions " + where, f"{ppl:.1f}"] for where, ppl in results["position_ppl"].items()),
         ["reversal, forward PPL", f"{results['reversal_forward_ppl']:.1f}"],
@@ -247,7 +250,8 @@ def format_summary(results: dict[str, Any]) -> str:
         ["parameters", f"{results['parameters']:,}"],
         ["checkpoint", results["checkpoint"]],
     ]
-    return format_table(["measured", "value"], rows)
+    meaning = f"PPL {results['val_ppl']:.1f} is {results['ppl_meaning']} (with a subword vocabulary of about 50,000)"
+    return format_table(["measured", "value"], rows) + "\n\n" + meaning
 
 
 COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header -> the result it needs, how it is shown

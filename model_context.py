@@ -140,12 +140,13 @@ class ContextBlock(nn.Module):
 
     def recurrence(self, embeddings: Tensor, c: Tensor | None) -> Tensor:
         """The exact contexts (B, T, E) of embeddings (B, T, C), token after token from c (B, E), or from 0 if None."""
-        halves = self.token_half(embeddings)
-        c = halves.new_zeros(halves.size(0), self.context_dim) if c is None else c
-        contexts = []
-        for half in halves.unbind(dim=1):
-            c = self.step(c, half)
-            contexts.append(c)
+        with torch.autocast(embeddings.device.type, enabled=False):  # rounding would add up from token to token
+            halves = self.token_half(embeddings)
+            c = halves.new_zeros(halves.size(0), self.context_dim) if c is None else c
+            contexts = []
+            for half in halves.unbind(dim=1):
+                c = self.step(c, half)
+                contexts.append(c)
         return torch.stack(contexts, dim=1)
 
 

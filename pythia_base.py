@@ -239,12 +239,12 @@ class HeadLoss(torch.autograd.Function):
         kept = (targets != -100)[:, None]
         targets = targets.masked_fill(targets == -100, 0)[:, None]
         dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
-        total = torch.zeros((), device=h.device)
+        total, smallest = torch.zeros((), device=h.device), torch.finfo(torch.float32).tiny
         for i in range(0, len(h), LOSS_ROWS):
             rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
-            log_p = (rows @ weight.T).log_softmax(dim=-1, dtype=torch.float32)  # (LOSS_ROWS, V)
-            total -= (log_p.gather(1, y) * keep).sum()
-            grad = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)).to(h.dtype)  # p - y
+            p = (rows @ weight.T).float().softmax(dim=-1)  # (LOSS_ROWS, V)
+            total -= (p.gather(1, y).clamp(min=smallest).log() * keep).sum()
+            grad = p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)).to(h.dtype)  # p - y
             torch.mul(grad @ weight, keep, out=dh[i : i + LOSS_ROWS])
             dw += grad.T @ (rows * keep)
         ctx.count = kept.sum().clamp(min=1)
@@ -274,6 +274,8 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         h, weight = h.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():
+        return score_tokens(h, weight, targets)[0].sum() / (targets != -100).sum().clamp(min=1)
     return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
 
 

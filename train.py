@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ from configurator import (
     InputError,
     Job,
     LMSettings,
+    Phase1Settings,
     PrepSettings,
     TrainSettings,
     build_model,
@@ -45,8 +46,9 @@ from configurator import (
     read_checkpoint,
     run,
 )
-from eval import TASKS, evaluate_model, format_summary
-from prep import TokenFile, load_tokens, prepare
+from eval import TASKS, evaluate_model, format_rank, format_summary, format_table, safe_exp
+from model_context import ContextBlock, compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
+from prep import BlockRun, TokenFile, context_cache, load_tokens, prepare
 from pythia_base import make_optimizer
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
@@ -123,26 +125,22 @@ class Windows:
     Nothing of it has to be saved for a run to go on, and no table grows with the corpus.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, seed: int) -> None:
-        if len(tokens) <= block_size:
-            raise InputError(f"{len(tokens)} tokens in the training file: too few for block_size={block_size}")
-        self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        self.per_epoch = max(1, len(tokens) // block_size - 1)
+    def __init__(self, num_tokens: int, block_size: int, seed: int) -> None:
+        if num_tokens <= block_size:
+            raise InputError(f"{num_tokens} tokens in the training file: too few for block_size={block_size}")
+        self.num_tokens, self.block_size, self.seed = num_tokens, block_size, seed
+        self.per_epoch = max(1, num_tokens // block_size - 1)
 
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """Where in the token file the windows of these running numbers begin."""
         epochs, places = np.divmod(numbers, self.per_epoch)
         starts = np.empty_like(numbers)
         for epoch in np.unique(epochs):
-            slack = len(self.tokens) - self.per_epoch * self.block_size  # each epoch cuts its windows elsewhere
+            slack = self.num_tokens - self.per_epoch * self.block_size  # each epoch cuts its windows elsewhere
             offset = np.random.default_rng([self.seed, epoch]).integers(slack)
             mine = epochs == epoch
             starts[mine] = offset + self.block_size * permute(places[mine], self.per_epoch, self.seed + epoch)
         return starts
-
-    def batch(self, numbers: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """The model's arguments idx and targets, (B, T) each, for the windows of these running numbers."""
-        return window_batch(self.tokens, self.starts(numbers), self.block_size, device)
 
 
 def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> dict[str, Tensor]:
@@ -204,7 +202,7 @@ class RunFolder:
 
         Raises InputError if it holds another run, or one that is being trained right now.
         """
-        if world.is_main and not job.settings.eval_only:
+        if world.is_main and not getattr(job.settings, "eval_only", False):
             self.open(job)
         world.barrier()  # nobody reads the folder before it is claimed
         if (self.path / "ckpt.pt").exists():
@@ -316,6 +314,81 @@ class StopRequest:
         return int(world.reduce(torch.tensor(self.signal, device=world.device), dist.ReduceOp.MAX))
 
 
+# ------------------------------------------------------------------------------------- what every phase starts with
+
+
+@dataclass
+class Lineage:
+    """What a model was trained on before this run."""
+
+    parents: list[str]
+    tokens_seen: int
+
+
+def new_model(job: Job, data: TokenFile, world: World) -> tuple[Any, Lineage, dict[str, str]]:
+    """The model of the job, freshly initialised, or with what it shares with the model that init_from names.
+
+    Also where it comes from, and what became of each of its tensors: copied, converted or new.
+    """
+    torch.manual_seed(job.settings.seed)
+    model = build_model(job.settings.model, job.model_config)
+    source = job.settings.init_from
+    if source in ("scratch", "resume"):
+        return model, Lineage([], 0), {}
+    if job.parent and not Path(source, "ckpt.pt").exists():
+        raise InputError(f"init_from: {source} is missing; make it with: {job.parent}")
+    weights, checkpoint = load_source(source)
+    lineage = Lineage([], 0)
+    if checkpoint is not None:
+        theirs, ours = checkpoint["data"]["tokenizer"], data.meta["tokenizer"]
+        if theirs != ours:
+            raise InputError(f"{source} was trained on {theirs} tokens, {data.path} holds {ours} tokens")
+        lineage = Lineage([*checkpoint["parents"], source], checkpoint["tokens_seen"])
+    try:
+        report = model.start_from(weights)
+    except ValueError as error:
+        raise InputError(f"init_from={source}: {one_line(error)}") from None
+    for how in ("copied", "converted", "new"):
+        tensors = [name for name, what in report.items() if what == how]
+        names = "" if how == "copied" else f" ({', '.join(tensors)})"
+        world.say(f"{how:>9}: {len(tensors)} tensors{names}")
+    return model, lineage, report
+
+
+def data_identity(train: TokenFile, val: TokenFile) -> dict[str, str]:
+    return {"tokenizer": train.meta["tokenizer"], "train_sha256": train.digest, "val_sha256": val.digest}
+
+
+def check_resumable(checkpoint: dict[str, Any], job: Job, data: dict[str, str], folder: Path) -> None:
+    """Raises InputError if a checkpoint was made on other data or by another model."""
+    if checkpoint["data"] != data:
+        raise InputError(f"{folder} was trained on other data than {job.settings.dataset} now holds")
+    if checkpoint["model_args"] != model_args(job.model_config):
+        raise InputError(f"{folder} holds a model with other settings")
+
+
+def checkpoint_header(job: Job, data: dict[str, str], step: int, lineage: Lineage) -> dict[str, Any]:
+    """What a checkpoint of any phase says of itself; tokens_seen grows with the run."""
+    return {
+        "model_args": model_args(job.model_config),
+        "iter_num": step,
+        "config": asdict(job.settings),
+        "data": data,
+        "parents": lineage.parents,
+        "earlier_tokens": lineage.tokens_seen,
+        "commit": git_commit(),
+    }
+
+
+def announce(job: Job, model: Any, data: TokenFile, folder: RunFolder, world: World) -> None:
+    """Say what is about to be trained, on what."""
+    world.say(f"settings: {json.dumps({**asdict(job.settings), 'model_args': model_args(job.model_config)})}")
+    if job.passed_over:
+        world.say(f"not for this model and phase, passed over: {', '.join(job.passed_over)}")
+    world.say(f"model {job.settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    world.say(f"data {data.path.parent}: {len(data.tokens):,} training tokens; run folder {folder.path}")
+
+
 # --------------------------------------------------------------------------------------- training a language model
 
 
@@ -338,8 +411,7 @@ class LMTrainer:
         self.settings: LMSettings = job.settings
         s = self.settings
         self.step, self.best_val_loss, self.evaluations_without_gain = 0, math.inf, 0
-        self.train_seconds, self.parents, self.earlier_tokens = 0.0, list[str](), 0
-        self.resumed = False
+        self.train_seconds, self.resumed = 0.0, False
         self.unchecked: list[Tensor] = []  # losses of the steps since they were last looked at
         self.windows_per_step = s.batch_size * s.gradient_accumulation_steps
         if self.windows_per_step % world.size:
@@ -352,7 +424,8 @@ class LMTrainer:
                 f"block_size={s.block_size} is above the model's limit of {job.model_config.max_position_embeddings}"
             )
         self.train_data, self.val_data = open_tokens(s, world, job.model_config.vocab_size)
-        self.windows = Windows(self.train_data.tokens, s.block_size, s.seed)
+        self.data = data_identity(self.train_data, self.val_data)
+        self.windows = Windows(len(self.train_data.tokens), s.block_size, s.seed)
         self.dtype, self.dtype_reason = pick_dtype(s.dtype, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
 
@@ -361,11 +434,10 @@ class LMTrainer:
     def build(self, checkpoint: dict[str, Any] | None) -> None:
         """A new model, one that starts from another's weights, or the one that a checkpoint of this run holds."""
         s, device = self.settings, self.world.device
-        torch.manual_seed(s.seed)
-        self.model = build_model(s.model, self.job.model_config)
-        if checkpoint is None and s.init_from not in ("scratch", "resume"):
-            self.start_from(s.init_from)
+        job = self.job if checkpoint is None else replace(self.job, settings=replace(s, init_from="resume"))
+        self.model, self.lineage, self.report = new_model(job, self.train_data, self.world)
         self.model.to(device)
+        self.freeze()
         self.optimizer = make_optimizer(self.model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
         if checkpoint is not None:
             self.load(checkpoint)
@@ -375,82 +447,50 @@ class LMTrainer:
         if self.world.size > 1:
             self.trained = DistributedDataParallel(self.trained)
 
-    def start_from(self, source: str) -> None:
-        """Take over the weights of another run, a Hugging Face folder or a hub id; say what became of each tensor."""
-        weights, checkpoint = load_source(source)
-        if checkpoint is not None:
-            theirs, ours = checkpoint["data"]["tokenizer"], self.train_data.meta["tokenizer"]
-            if theirs != ours:
-                raise InputError(f"{source} was trained on {theirs} tokens, {self.train_data.path} holds {ours} tokens")
-            self.parents = [*checkpoint["parents"], source]
-            self.earlier_tokens = checkpoint["tokens_seen"]
-        try:
-            report = self.model.start_from(weights)
-        except ValueError as error:
-            raise InputError(f"init_from={source}: {one_line(error)}") from None
-        for how in ("copied", "converted", "new"):
-            tensors = [name for name, what in report.items() if what == how]
-            names = "" if how == "copied" else f" ({', '.join(tensors)})"
-            self.world.say(f"{how:>9}: {len(tensors)} tensors{names}")
+    def freeze(self) -> None:
+        """Exclude parameters from training; a language model trains them all."""
 
     # -- checkpoints
 
     def state(self) -> dict[str, Any]:
         """All that exact resuming needs, in tensors and plain Python types."""
         return {
+            **checkpoint_header(self.job, self.data, self.step, self.lineage),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
-            "model_args": model_args(self.job.model_config),
-            "iter_num": self.step,
             "best_val_loss": self.best_val_loss,
             "evaluations_without_gain": self.evaluations_without_gain,
-            "config": asdict(self.settings),
-            "data": self.data_identity(),
             "tokens_seen": self.tokens_seen(),
-            "earlier_tokens": self.earlier_tokens,
-            "parents": self.parents,
             "train_seconds": self.train_seconds,
-            "commit": git_commit(),
         }
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises InputError if it was made on other data or by another model."""
-        if checkpoint["data"] != self.data_identity():
-            raise InputError(f"{self.folder.path} was trained on other data than {self.train_data.path.parent} holds")
-        if checkpoint["model_args"] != model_args(self.job.model_config):
-            raise InputError(f"{self.folder.path} holds a model with other settings")
+        """Go on from a checkpoint of this run."""
+        check_resumable(checkpoint, self.job, self.data, self.folder.path)
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
+        self.lineage = Lineage(checkpoint["parents"], checkpoint["earlier_tokens"])
         self.step, self.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
         self.evaluations_without_gain = checkpoint["evaluations_without_gain"]
-        self.parents, self.earlier_tokens = checkpoint["parents"], checkpoint["earlier_tokens"]
         self.train_seconds, self.resumed = checkpoint["train_seconds"], True
 
-    def data_identity(self) -> dict[str, Any]:
-        train, val = self.train_data, self.val_data
-        return {"tokenizer": train.meta["tokenizer"], "train_sha256": train.digest, "val_sha256": val.digest}
-
     def tokens_seen(self) -> int:
-        return self.earlier_tokens + self.step * self.windows_per_step * self.settings.block_size
+        return self.lineage.tokens_seen + self.step * self.windows_per_step * self.settings.block_size
 
     def announce(self) -> None:
         """Say what is about to be trained, on what, how."""
-        s, say = self.settings, self.world.say
-        tokens_per_step = self.windows_per_step * s.block_size
-        if self.job.passed_over:
-            say(f"not for this model and phase, passed over: {', '.join(self.job.passed_over)}")
-        say(f"settings: {json.dumps({**asdict(s), 'model_args': model_args(self.job.model_config)})}")
-        say(f"model {s.model}: {sum(p.numel() for p in self.model.parameters()):,} parameters")
-        say(f"data {self.train_data.path.parent}: {len(self.train_data.tokens):,} training tokens")
-        say(f"{self.world.device} x {self.world.size}, {str(self.dtype).removeprefix('torch.')} ({self.dtype_reason})")
-        say(f"{s.max_iters} steps of {tokens_per_step:,} tokens, run folder {self.folder.path}")
+        s, world = self.settings, self.world
+        announce(self.job, self.model, self.train_data, self.folder, world)
+        world.say(f"{world.device} x {world.size}, {str(self.dtype).removeprefix('torch.')} ({self.dtype_reason})")
+        world.say(f"{s.max_iters} steps of {self.windows_per_step * s.block_size:,} tokens")
         if self.resumed:
-            say(f"going on from step {self.step}")
-            self.folder.trim_log(self.step)
+            world.say(f"going on from step {self.step}")
+            if world.is_main:
+                self.folder.trim_log(self.step)
 
     # -- a step, an evaluation
 
@@ -460,8 +500,12 @@ class LMTrainer:
         first = self.step * self.windows_per_step + self.world.rank * windows
         for start in range(0, windows, self.settings.batch_size):
             end = min(start + self.settings.batch_size, windows)
-            batch = self.windows.batch(np.arange(first + start, first + end), self.world.device)
+            batch = self.training_batch(self.windows.starts(np.arange(first + start, first + end)))
             yield batch, (end - start) / windows, end == windows
+
+    def training_batch(self, starts: np.ndarray) -> dict[str, Tensor]:
+        """The model's arguments for the windows of training data that begin at starts."""
+        return window_batch(self.train_data.tokens, starts, self.settings.block_size, self.world.device)
 
     def train_step(self) -> Tensor:
         """One optimizer step over the step's windows; returns their mean loss."""
@@ -496,13 +540,10 @@ class LMTrainer:
         starts = starts[self.world.rank :: self.world.size]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for first in range(0, len(starts), s.batch_size):
-            batch = self.eval_batch(starts[first : first + s.batch_size], block_size)
+            batch = window_batch(tokens, starts[first : first + s.batch_size], block_size, self.world.device)
             with self.autocast():
                 total += self.model(**batch, return_logits=False)[1] * len(batch["idx"])
         return self.world.reduce(total).item() / count
-
-    def eval_batch(self, starts: np.ndarray, block_size: int) -> dict[str, Tensor]:
-        return window_batch(self.val_data.tokens, starts, block_size, self.world.device)
 
     # -- the loop
 
@@ -569,8 +610,10 @@ class LMTrainer:
         self.log_losses()
         loss = self.validate()
         is_best = loss < self.best_val_loss
+        gain = safe_exp(self.best_val_loss) - safe_exp(loss)  # in PPL
+        is_gain = is_best and gain >= self.settings.min_ppl_gain
+        self.evaluations_without_gain = 0 if is_gain else self.evaluations_without_gain + 1
         self.best_val_loss = min(loss, self.best_val_loss)
-        self.evaluations_without_gain = 0 if is_best else self.evaluations_without_gain + 1
         self.world.say(f"step {self.step} | val loss {loss:.4f}" + (" (best)" if is_best else ""))
         if self.world.is_main:
             self.folder.log({"step": self.step, "val_loss": loss, "tokens_seen": self.tokens_seen()})
@@ -593,7 +636,7 @@ class LMTrainer:
             "train_seconds": self.train_seconds,
             "best_val_loss": self.best_val_loss,
             "seed": s.seed,
-            "parents": self.parents,
+            "parents": self.lineage.parents,
             "commit": git_commit(),
             "checkpoint": str(self.folder.path / "ckpt.pt"),
         }
@@ -613,9 +656,37 @@ def duration(seconds: float) -> str:
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
+class Phase2Trainer(LMTrainer):
+    """Phase 2: the ContextBlocks stay as Phase 1 left them, and their exact contexts come from the context cache."""
+
+    def __init__(self, job: Job, folder: RunFolder, world: World) -> None:
+        super().__init__(job, folder, world)
+        if job.settings.init_from == "scratch":
+            raise InputError("phase='phase2' needs trained ContextBlocks: init_from has to name a run of phase 1")
+
+    def freeze(self) -> None:
+        """Leave out what the contexts depend on. Raises InputError if it does not come from a run of phase 1."""
+        require_context_blocks(self.model, self.settings)
+        if any(how == "new" and name.startswith("context_block") for name, how in self.report.items()):
+            raise InputError(f"init_from={self.settings.init_from} holds no ContextBlock that fits this model")
+        self.model.freeze_for_phase2()
+
+    def build(self, checkpoint: dict[str, Any] | None) -> None:
+        super().build(checkpoint)
+        making = PrepSettings(init_from=self.settings.init_from)
+        if self.world.is_main:
+            context_cache(self.model, self.train_data, making)
+        self.world.barrier()  # the others find it made
+        self.contexts = context_cache(self.model, self.train_data, making).contexts
+
+    def training_batch(self, starts: np.ndarray) -> dict[str, Tensor]:
+        rows = np.stack([self.contexts[s : s + self.settings.block_size] for s in starts])
+        return {**super().training_batch(starts), "contexts": torch.from_numpy(rows).to(self.world.device)}
+
+
 def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
-    """Phase 'lm': next-token cross entropy on windows of text. Returns the signal that stopped it, 0 if none did."""
-    trainer = LMTrainer(job, folder, world)
+    """Phases 'lm' and 'phase2': next-token cross entropy. Returns the signal that stopped it, 0 if none did."""
+    trainer = (Phase2Trainer if job.settings.phase == "phase2" else LMTrainer)(job, folder, world)
     checkpoint = folder.claim(job, world)
     if checkpoint is not None and folder.is_finished(checkpoint, job.settings):
         world.say(f"{folder.path} is finished, {checkpoint['iter_num']} steps; --overwrite=True trains it again")
@@ -631,11 +702,197 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
     return received
 
 
+# --------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
+
+
+@torch.no_grad()
+def exact_contexts(block: ContextBlock, table: Tensor, tokens: Tensor) -> Tensor:
+    """The contexts (N, E) that the recurrence from zero gives for tokens (N,), both on the CPU."""
+    making = PrepSettings()
+    contexts = torch.empty(len(tokens), block.context_dim)
+    rows = table.new_empty(making.chunk_tokens, block.context_dim)
+    block_run = BlockRun(block, table.new_zeros(block.context_dim), rows, table, making)
+    for ids, out in zip(tokens.split(making.chunk_tokens), contexts.split(making.chunk_tokens), strict=True):
+        block_run.fill(ids.to(table.device))
+        out.copy_(rows[: len(ids)])
+    return contexts
+
+
+class Phase1Trainer:
+    """Phase 1: each ContextBlock of a model alone, without labels, on its part of the training tokens."""
+
+    def __init__(self, job: Job, folder: RunFolder, world: World) -> None:
+        if world.size > 1:
+            raise InputError("phase='phase1' trains in one process: start it without torchrun")
+        self.job, self.folder, self.world = job, folder, world
+        self.settings: Phase1Settings = job.settings
+        self.train_data, self.val_data = open_tokens(self.settings, world, job.model_config.vocab_size)
+        self.data = data_identity(self.train_data, self.val_data)
+        self.reports: list[dict[str, Any]] = []  # of the blocks that are trained
+        self.iteration, self.step, self.train_seconds = 0, 0, 0.0  # of this block, of the run, of the run
+        self.resumed_block: dict[str, Any] | None = None
+
+    def build(self, checkpoint: dict[str, Any] | None) -> None:
+        """A model whose ContextBlocks are to be trained, or the one that a checkpoint of this run holds."""
+        s = self.settings
+        job = self.job if checkpoint is None else replace(self.job, settings=replace(s, init_from="resume"))
+        self.model, self.lineage, _ = new_model(job, self.train_data, self.world)
+        require_context_blocks(self.model, s)
+        self.model.to(self.world.device)
+        announce(self.job, self.model, self.train_data, self.folder, self.world)
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.job, self.data, self.folder.path)
+            self.model.load_state_dict(checkpoint["model"])
+            self.lineage = Lineage(checkpoint["parents"], checkpoint["earlier_tokens"])
+            self.reports, self.resumed_block = checkpoint["reports"], checkpoint["block"]
+            self.step, self.train_seconds = checkpoint["iter_num"], checkpoint["train_seconds"]
+            self.folder.trim_log(self.step)
+
+    def part(self, number: int) -> Tensor:
+        """The training tokens of a block, (N,) int64 on the CPU."""
+        s, tokens, parts = self.settings, self.train_data.tokens, len(self.model.context_blocks)
+        split = len(tokens) // parts if s.cascade_data == "split" else 0
+        end = number * split + (split or len(tokens))
+        return torch.from_numpy(tokens[number * split : end][: s.num_tokens].astype(np.int64))
+
+    def train(self) -> int:
+        """Train the blocks that are not yet trained, one after the other; returns the signal that stopped it, or 0."""
+        stop = StopRequest()
+        for number in range(len(self.reports), len(self.model.context_blocks)):
+            if received := self.train_block(number, stop):
+                self.world.say(f"stopped at iteration {self.iteration}; the same command goes on from here")
+                return received
+        return 0
+
+    def train_block(self, number: int, stop: StopRequest) -> int:
+        """One ContextBlock to the end; returns the signal that stopped it, or 0."""
+        s, block, tokens = self.settings, self.model.context_blocks[number], self.part(number)
+        torch.manual_seed(s.seed + number)
+        optimizer = torch.optim.Adam(block.parameters(), lr=s.learning_rate)
+        contexts, rate = first_contexts(len(tokens), block.context_dim), 0.0
+        if self.resumed_block is not None:
+            optimizer.load_state_dict(self.resumed_block["optimizer"])
+            contexts, rate = self.resumed_block["contexts"], self.resumed_block["rate"]
+            self.iteration = self.resumed_block["iteration"]
+            torch.set_rng_state(self.resumed_block["rng"])
+            self.resumed_block = None
+        self.world.say(f"ContextBlock {number}: {len(tokens):,} tokens, {block.context_dim} wide")
+        while self.iteration < s.max_iterations and rate < s.early_stopping_threshold:
+            started = time.perf_counter()
+            loss, rate = oacd_iteration(
+                block, self.model.embed_in.weight, tokens, contexts, optimizer,
+                batch_size=s.batch_size, context_noise=s.context_noise, centroid_weight=s.centroid_weight,
+                gradient_clip=s.gradient_clip, convergence_threshold=s.convergence_threshold,
+            )  # fmt: skip
+            seconds = time.perf_counter() - started
+            self.train_seconds += seconds
+            self.iteration, self.step = self.iteration + 1, self.step + 1
+            if not math.isfinite(loss):
+                raise InputError(f"the loss of iteration {self.iteration} is {loss}: a lower learning_rate may help")
+            self.world.say(f"iteration {self.iteration:3} | loss {loss:.5f} | convergence {rate:.1%} | {seconds:.2f}s")
+            self.folder.log({"step": self.step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
+            if self.iteration % s.checkpoint_interval == 0 or stop.signal:
+                state = {"optimizer": optimizer.state_dict(), "contexts": contexts, "rate": rate}
+                self.save({**state, "iteration": self.iteration, "rng": torch.get_rng_state()})
+            if stop.signal:
+                return stop.signal
+        self.reports.append(self.report(number, tokens, contexts, rate))
+        self.iteration = 0
+        self.save(None)
+        return 0
+
+    @torch.no_grad()
+    def report(self, number: int, tokens: Tensor, contexts: Tensor, rate: float) -> dict[str, Any]:
+        """What the block is worth, by the exact recurrence with its weights, on training and on held-out tokens.
+
+        exact_share: how many of the last iteration's contexts lie within the threshold of the exact ones.
+        heldout_convergence_rate: how many exact contexts move by less than the threshold in one noisy parallel pass.
+        """
+        s, block, table = self.settings, self.model.context_blocks[number], self.model.embed_in.weight
+        heldout_tokens = torch.from_numpy(self.val_data.tokens[: s.num_tokens].astype(np.int64))
+        exact, heldout = (exact_contexts(block, table, ids) for ids in (tokens, heldout_tokens))
+        noisy = heldout[:-1] + s.context_noise * torch.randn_like(heldout[:-1])
+        token_half = block.gathered_token_half(heldout_tokens[1:].to(table.device), table)
+        moved = block.step(noisy.to(table.device), token_half)
+        width = block.context_dim
+        return {
+            "block": number,
+            "context_dim": width,
+            "tokens": len(tokens),
+            "iterations": self.iteration,
+            "convergence_rate": rate,
+            "exact_share": compute_convergence_rate(contexts, exact, s.convergence_threshold),
+            "effective_rank": effective_rank(exact),
+            "heldout_tokens": len(heldout),
+            "heldout_convergence_rate": compute_convergence_rate(moved.cpu(), heldout[1:], s.convergence_threshold),
+            "heldout_effective_rank": effective_rank(heldout),
+        }
+
+    def finish(self) -> None:
+        """Write summary.json and show it."""
+        s, path = self.settings, self.folder.path
+        summary = {
+            "model": s.model,
+            "phase": s.phase,
+            "iterations": self.step,
+            "train_seconds": self.train_seconds,
+            "seed": s.seed,
+            "parents": self.lineage.parents,
+            "commit": git_commit(),
+            "checkpoint": str(path / "ckpt.pt"),
+            "blocks": self.reports,
+        }
+        self.folder.write_json("summary.json", summary)
+        for r in self.reports:
+            rows = [
+                ["iterations", str(r["iterations"])],
+                ["convergence rate", f"{r['convergence_rate']:.1%}"],
+                ["  within the threshold of the exact recurrence", f"{r['exact_share']:.1%}"],
+                ["effective rank", format_rank(r["effective_rank"], r["context_dim"])],
+                ["held-out convergence rate", f"{r['heldout_convergence_rate']:.1%}"],
+                ["held-out effective rank", format_rank(r["heldout_effective_rank"], r["context_dim"])],
+            ]
+            print("\n" + format_table([f"ContextBlock {r['block']}, {r['tokens']:,} tokens", "value"], rows))
+        print(f"\ncheckpoint {path / 'ckpt.pt'}\nnext: phase 2 with --init_from={path}")
+
+    def save(self, block: dict[str, Any] | None) -> None:
+        """Save the run; block is the state of the one that is being trained, None between two."""
+        state = {
+            **checkpoint_header(self.job, self.data, self.step, self.lineage),
+            "model": self.model.state_dict(),
+            "reports": self.reports,
+            "block": block,
+            "tokens_seen": self.lineage.tokens_seen,  # no language is learnt here
+            "train_seconds": self.train_seconds,
+        }
+        self.folder.save(state, "ckpt.pt")
+
+
+def require_context_blocks(model: Any, settings: Any) -> None:
+    if not hasattr(model, "context_blocks"):
+        raise InputError(f"phase={settings.phase!r}: model={settings.model!r} has no ContextBlock to train or to read")
+
+
+def train_context_blocks(job: Job, folder: RunFolder, world: World) -> int:
+    """Phase 'phase1'. Returns the signal that stopped it, 0 if none did."""
+    trainer = Phase1Trainer(job, folder, world)
+    checkpoint = folder.claim(job, world)
+    if checkpoint is not None and (folder.path / "summary.json").exists():
+        world.say(f"{folder.path} is finished, {checkpoint['iter_num']} iterations; --overwrite=True trains it again")
+        return 0
+    trainer.build(checkpoint)
+    received = trainer.train()
+    if not received:
+        trainer.finish()
+    return received
+
+
 def main() -> None:
     job = parse_train(sys.argv[1:])
     folder = RunFolder(Path(job.settings.out_dir or Path("out", job.name)))
+    train_phase = train_context_blocks if job.settings.phase == "phase1" else train_language_model
     with open_world(job.settings.device) as world:
-        received = train_language_model(job, folder, world)
+        received = train_phase(job, folder, world)
     if received:
         sys.exit(128 + received)
 
