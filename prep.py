@@ -1062,7 +1062,8 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: PrepSettin
                 bar.update(len(chunk))
     path.with_suffix(".partial").replace(path)
     for block_run in block_runs:
-        print(block_run.summary())
+        if block_run.num_lanes:
+            print(block_run.summary())
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -1140,7 +1141,7 @@ class BlockRun:
         last_gap = math.inf
         while True:
             gaps = (rows[:-1, -1] - starts[1:]).abs().amax(dim=1)  # (L - 1,)
-            gap = gaps.max().item() if len(gaps) else 0.0
+            gap = gaps.max().item()
             self.largest_gap = max(self.largest_gap, gap)
             if gap <= self.settings.tolerance:
                 return True

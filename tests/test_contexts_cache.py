@@ -1,0 +1,393 @@
+"""The context cache: exact by either method, never half, never of other weights or tokens."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import prep
+from configurator import MODELS, InputError, PrepSettings, model_args
+from model_context import ContextBlock, ContextKVConfig, ContextPythiaConfig, ContextPythiaModel
+from pythia_base import PythiaConfig, PythiaModel
+
+VOCAB, WIDTH = 300, 64
+LANES = {"lanes": 8, "overlap": 50, "chunk_tokens": 800}  # 8 lanes of 100 tokens
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+
+Build = Callable[..., prep.ContextFile]
+
+
+def make_block(seed: int = 0, recurrent: float = 1.0, token: float = 4.0, width: int = WIDTH) -> ContextBlock:
+    """A block whose recurrent and token weights are scaled; as it is, it forgets in about 50 tokens."""
+    torch.manual_seed(seed)
+    block = ContextBlock(WIDTH, width, 1, 1e-5, "normal", embed_norm=True).requires_grad_(False)
+    block.linears[0].weight[:, :width] *= recurrent
+    block.linears[0].weight[:, width:] *= token
+    return block
+
+
+def slow_block() -> ContextBlock:
+    """Forgets in about 500 tokens."""
+    return make_block(recurrent=0.5, token=1.0)
+
+
+def expansive_block() -> ContextBlock:
+    """Never forgets: the smallest difference grows to the size of the contexts."""
+    return make_block(recurrent=4.0, token=1.0, width=2 * WIDTH)
+
+
+def make_model(*blocks: ContextBlock) -> Any:
+    torch.manual_seed(1)
+    return SimpleNamespace(context_blocks=list(blocks), embed_in=nn.Embedding(VOCAB, WIDTH))
+
+
+def make_tokens(folder: Path, num_tokens: int, seed: int = 2) -> prep.TokenFile:
+    tokens = np.random.default_rng(seed).integers(VOCAB, size=num_tokens, dtype=np.uint16)
+    path = folder / "train.bin"
+    tokens.tofile(path)
+    meta = {"files": {path.name: {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}}, "max_id": VOCAB - 1}
+    return prep.TokenFile(path, meta, tokens)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """build(model, num_tokens, key=value, ...) makes, or reads, the cache of random tokens in the test's own folder."""
+
+    def context_cache(model: Any, num_tokens: int, seed: int = 2, **keys: Any) -> prep.ContextFile:
+        settings = PrepSettings(**{"init_from": "out/phase1", **LANES, **keys})
+        return prep.context_cache(model, make_tokens(tmp_path, num_tokens, seed), settings)
+
+    return context_cache
+
+
+@torch.no_grad()
+def plain_loop(block: ContextBlock, model: Any, file: prep.ContextFile) -> np.ndarray:
+    """The contexts by calls of the module, token by token from zero."""
+    tokens = np.fromfile(file.path.with_name("train.bin"), dtype=np.uint16)
+    c, contexts = torch.zeros(1, block.context_dim), []
+    for token in tokens.tolist():
+        c = block(c, model.embed_in.weight[token : token + 1])
+        contexts.append(c[0])
+    return torch.stack(contexts).numpy()
+
+
+def error(model: Any, file: prep.ContextFile) -> float:
+    expected = np.concatenate([plain_loop(block, model, file) for block in model.context_blocks], axis=1)
+    assert file.contexts.shape == expected.shape
+    return float(np.abs(file.contexts - expected).max())
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"train.bin", ".contexts.lock"}
+
+
+# ------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 49, 99, 100, 101, 149, 400, 799, 800, 801, 899, 907, 1600, 2345])
+def test_lanes_are_the_plain_loop_at_every_edge(build: Build, num_tokens: int) -> None:
+    """Fewer tokens than lanes, than two overlaps, than a chunk; lanes that do and do not come out even."""
+    model = make_model(make_block())
+    assert error(model, build(model, num_tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("num_tokens", [1, 799, 800, 801])
+def test_sequential_is_the_plain_loop(build: Build, num_tokens: int) -> None:
+    model = make_model(make_block())
+    assert error(model, build(model, num_tokens, method="sequential")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lanes", 1), ("lanes", 800), ("overlap", 1), ("overlap", 799), ("chunk_tokens", 1)]
+)
+def test_any_cut_gives_the_same(build: Build, key: str, value: int) -> None:
+    model = make_model(make_block())
+    assert error(model, build(model, 1203, **{key: value})) < 1e-5
+
+
+def test_lanes_of_a_forgetful_block_are_not_run_again(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(make_block())
+    assert error(model, build(model, 4000, overlap=100)) < 1e-5
+    assert " 0 of 40 lanes run again" in capsys.readouterr().out
+
+
+def test_a_slow_block_has_its_lanes_run_again(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each lane is several times shorter than what the block remembers, so that one round does not do."""
+    model = make_model(slow_block())
+    assert error(model, build(model, 6000, chunk_tokens=3000)) < 1e-5
+    out = capsys.readouterr().out
+    again = int(out.split(" of 16 lanes run again")[0].split()[-1])
+    assert again > 14, "the seven seams of each chunk need more than one round"
+    assert "one token after the other" not in out
+
+
+def test_an_expansive_block_goes_on_in_order(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two loops that round differently drift apart, so the reference is the same loop: equal to the last bit."""
+    model = make_model(expansive_block())
+    by_lanes = build(model, 1700)
+    out = capsys.readouterr().out
+    assert out.count("one token after the other") == 1, "it is not tried again with every chunk"
+    contexts = np.array(by_lanes.contexts)
+    by_lanes.path.unlink()
+    assert np.array_equal(contexts, build(model, 1700, method="sequential").contexts)
+    assert "lanes" not in capsys.readouterr().out
+
+
+def test_two_blocks_stand_side_by_side(build: Build) -> None:
+    """Of other widths; one of them expansive over a stretch in which the other goes by lanes."""
+    model = make_model(make_block(), make_block(seed=3, width=40))
+    assert error(model, build(model, 1703)) < 1e-5
+    mixed = make_model(make_block(), expansive_block())
+    file = build(mixed, 1703)
+    alone = build(make_model(expansive_block()), 1703, method="sequential", init_from="out/other")
+    assert np.abs(file.contexts[:, :WIDTH] - plain_loop(mixed.context_blocks[0], mixed, file)).max() < 1e-5
+    assert np.array_equal(file.contexts[:, WIDTH:], alone.contexts)
+
+
+@pytest.mark.parametrize("config_class", [ContextPythiaConfig, ContextKVConfig])
+def test_the_models_read_what_the_cache_holds(build: Build, config_class: type[ContextPythiaConfig]) -> None:
+    model_class = next(model for config, model in MODELS.values() if config is config_class)
+    model = model_class(config_class(**SHAPE, context_dim=WIDTH))
+    file = build(model, 200)
+    idx = torch.from_numpy(np.fromfile(file.path.with_name("train.bin"), dtype=np.uint16).astype(np.int64))[None]
+    with torch.no_grad():
+        expected, _ = model(idx)
+        given, _ = model(idx, contexts=torch.from_numpy(np.array(file.contexts))[None])
+    assert (given - expected).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------- interrupted, stale, half
+
+
+@pytest.mark.parametrize("chunks_before", [0, 1, 2, 3])
+def test_an_interrupted_build_goes_on(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks_before: int
+) -> None:
+    """With the second of two blocks undone in the chunk of the interruption, and half a chunk in the file."""
+    model = make_model(make_block(), slow_block())
+    whole = build(model, 3000)
+    expected = whole.path.read_bytes()
+    whole.path.unlink()
+
+    fill, calls = prep.BlockRun.fill, []
+
+    def counted(self: prep.BlockRun, ids: torch.Tensor) -> None:
+        calls.append(len(ids))
+        if len(calls) == 2 * chunks_before + 2:
+            raise KeyboardInterrupt
+        fill(self, ids)
+
+    monkeypatch.setattr(prep.BlockRun, "fill", counted)
+    with pytest.raises(KeyboardInterrupt):
+        build(model, 3000)
+    with whole.path.with_suffix(".partial").open("ab") as file:
+        file.write(b"\1" * 1001)
+    assert not whole.path.exists()
+    again = build(model, 3000)
+    assert again.path.read_bytes() == expected
+    assert calls[2 * chunks_before + 2 :] == [800, 800, 800, 800, 800, 800, 600, 600][2 * chunks_before :]
+    assert names(tmp_path) == {again.path.name, again.path.with_suffix(".json").name}
+
+
+def test_a_complete_cache_is_read(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(make_block())
+    first = build(model, 900)
+    assert f"building {first.path}" in capsys.readouterr().out
+    changed = first.path.stat().st_mtime_ns
+    second = build(model, 900, init_from="out/copy", method="sequential", lanes=3)
+    assert capsys.readouterr().out == f"reading {first.path}\n"
+    assert (second.path, second.fingerprint) == (first.path, first.fingerprint)
+    assert second.path.stat().st_mtime_ns == changed
+
+
+def change_block(model: Any) -> None:
+    model.context_blocks[0].linears[0].bias[0] += 0.01
+
+
+def change_norm(model: Any) -> None:
+    model.context_blocks[0].norms[0].weight[0] += 0.01
+
+
+def change_table(model: Any) -> None:
+    model.embed_in.weight.data[7, 0] += 0.01
+
+
+def switch_off_embed_norm(model: Any) -> None:
+    model.context_blocks[0].embed_norm = nn.Identity()
+
+
+def change_eps(model: Any) -> None:
+    model.context_blocks[0].norms[0].eps = 0.1
+
+
+@pytest.mark.parametrize("change", [change_block, change_norm, change_table, switch_off_embed_norm, change_eps])
+def test_other_weights_make_a_cache_stale(
+    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Any], None]
+) -> None:
+    model = make_model(make_block())
+    old = build(model, 300)
+    change(model)
+    new = build(model, 300)
+    assert f"stale: {old.path} is of other weights\nbuilding {new.path}" in capsys.readouterr().out
+    assert error(model, new) < 1e-5
+    assert names(tmp_path) == {new.path.name, new.path.with_suffix(".json").name}
+
+
+def test_other_tokens_make_a_cache_stale(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(make_block())
+    old, new = build(model, 300), build(model, 300, seed=5)
+    assert f"stale: {old.path} is of other tokens" in capsys.readouterr().out
+    assert error(model, new) < 1e-5
+    assert names(tmp_path) == {new.path.name, new.path.with_suffix(".json").name}
+
+
+def test_another_run_keeps_its_cache(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = make_model(make_block()), make_model(make_block(seed=3))
+    kept = build(one, 300)
+    build(other, 300, init_from="out/other")
+    assert "stale" not in capsys.readouterr().out
+    build(one, 300)
+    assert capsys.readouterr().out == f"reading {kept.path}\n"
+
+
+def test_a_build_that_nothing_will_go_on_with_is_cleared(build: Build, tmp_path: Path) -> None:
+    left, of_val = tmp_path / "contexts_00000000_train.partial", tmp_path / "contexts_00000000_val.partial"
+    left.touch()
+    of_val.touch()
+    build(make_model(make_block()), 300)
+    assert not left.exists()
+    assert of_val.exists()
+
+
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def lose_record(path: Path) -> None:
+    path.with_suffix(".json").unlink()
+
+
+def cut_record(path: Path) -> None:
+    path.with_suffix(".json").write_text(path.with_suffix(".json").read_text()[:-9])
+
+
+def lose_file(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_file, lose_record, cut_record, lose_file])
+def test_half_a_cache_is_not_taken_for_whole(
+    build: Build, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    model = make_model(make_block())
+    path = build(model, 900).path
+    expected = path.read_bytes()
+    damage(path)
+    capsys.readouterr()
+    assert build(model, 900).path.read_bytes() == expected
+    assert f"building {path}" in capsys.readouterr().out
+
+
+def test_of_two_builders_the_second_reads(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    model = make_model(make_block())
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: build(model, 2000), range(2))
+    assert np.array_equal(one.contexts, other.contexts)
+    out = capfd.readouterr().out
+    assert (out.count("building"), out.count("reading")) == (1, 1)
+
+
+# ------------------------------------------------------------------------------------------- the command, bad input
+
+
+def write_run(folder: Path, name: str, model: Any) -> Path:
+    folder.mkdir()
+    config = {"model": name, "dataset": "notes"}
+    checkpoint = {"model": model.state_dict(), "model_args": model_args(model.config), "iter_num": 1, "config": config}
+    torch.save(checkpoint, folder / "ckpt.pt")
+    return folder
+
+
+def write_set(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    meta: dict[str, Any] = {"files": {}, "max_id": VOCAB - 1}
+    for split, num_tokens in (("train", 500), ("val", 130)):
+        np.random.default_rng(0).integers(VOCAB, size=num_tokens, dtype=np.uint16).tofile(folder / f"{split}.bin")
+        (folder / f"{split}_doc_index.npy").touch()
+        meta["files"] |= {name: prep.describe(folder / name) for name in (f"{split}.bin", f"{split}_doc_index.npy")}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """stage('--key=value', ...) runs the command on a data folder of its own."""
+    write_set(tmp_path / "data" / "notes")
+
+    def main(*options: str) -> None:
+        data = f"--data_dir={tmp_path / 'data'}"
+        monkeypatch.setattr(sys, "argv", ["prep.py", "--stage=contexts", "--device=cpu", data, *options])
+        prep.main()
+
+    return main
+
+
+def test_the_command_makes_both_splits_of_the_runs_dataset(
+    stage: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", "context", ContextPythiaModel(ContextPythiaConfig(**SHAPE, context_dim=24)))
+    stage(f"--init_from={run}")
+    files = (tmp_path / "data" / "notes").glob("contexts_*.bin")
+    sizes = {path.stem.rpartition("_")[2]: path.stat().st_size for path in files}
+    assert sizes == {"train": 500 * 24 * 4, "val": 130 * 24 * 4}
+    capsys.readouterr()
+    stage(f"--init_from={run}", "--dataset=notes")
+    assert capsys.readouterr().out.count("reading") == 2
+
+
+def test_what_cannot_be_used_is_told_in_one_line(stage: Callable[..., None], tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", "pythia", PythiaModel(PythiaConfig(**SHAPE)))
+    run = write_run(tmp_path / "run", "context", ContextPythiaModel(ContextPythiaConfig(**SHAPE)))
+    cases = {
+        (): "needs the run of a trained ContextBlock: --init_from=",
+        (f"--init_from={tmp_path}",): "neither a checkpoint",
+        (f"--init_from={plain}",): "has no ContextBlock: name a run of config/phase1.py",
+        (f"--init_from={run}", "--dataset=wikitext2"): "was trained on notes: leave out --dataset=wikitext2",
+        (f"--init_from={run}", "--lanes=0"): "lanes=0 has to be at least 1",
+        (f"--init_from={run}", "--method=fast"): "method='fast' has to be one of 'lanes', 'sequential'",
+    }
+    for options, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            stage(*options)
+
+
+def test_a_full_disk_is_told_before_the_work(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(InputError, match=r"needs another 1.02 GB, and 0.00 GB of the disk are free"):
+        build(make_model(make_block()), 4_000_000)
+    assert not list(tmp_path.glob("contexts_*.bin"))
+
+
+def test_ids_outside_the_table_are_refused(build: Build) -> None:
+    model = make_model(make_block())
+    model.embed_in = nn.Embedding(VOCAB - 1, WIDTH)
+    with pytest.raises(InputError, match="holds token id 299, which the model's embedding does not have"):
+        build(model, 10)
+
+
+@pytest.mark.parametrize("method", ["lanes", "sequential"])
+def test_contexts_that_are_no_numbers_are_refused(build: Build, tmp_path: Path, method: str) -> None:
+    block = make_block()
+    block.linears[0].weight[3, 3] = float("nan")
+    with pytest.raises(InputError, match="out/phase1: the contexts are not finite"):
+        build(make_model(block), 900, method=method)
+    assert not list(tmp_path.glob("contexts_*.bin"))
