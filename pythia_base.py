@@ -231,6 +231,7 @@ class HeadLoss(torch.autograd.Function):
 
     With p = softmax(h W^T) and y the one-hot targets, the gradient of a row's loss for its logits is p - y, so each
     chunk yields its share of dh = (p - y) W and dW = (p - y)^T h while its logits are at hand; backward only scales.
+    A frozen W gets no dW.
     """
 
     @staticmethod
@@ -238,7 +239,8 @@ class HeadLoss(torch.autograd.Function):
         """h (N, C) and weight (V, C) of one dtype, targets (N,) -> scalar loss in float32."""
         kept = (targets != -100)[:, None]
         targets = targets.masked_fill(targets == -100, 0)[:, None]
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        dh = torch.empty_like(h)
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total, smallest = torch.zeros((), device=h.device), torch.finfo(torch.float32).tiny
         for i in range(0, len(h), LOSS_ROWS):
             rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
@@ -246,16 +248,17 @@ class HeadLoss(torch.autograd.Function):
             total -= (p.gather(1, y).clamp(min=smallest).log() * keep).sum()
             grad = p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)).to(h.dtype)  # p - y
             torch.mul(grad @ weight, keep, out=dh[i : i + LOSS_ROWS])
-            dw += grad.T @ (rows * keep)
+            if dw is not None:
+                dw += grad.T @ (rows * keep)
         ctx.count = kept.sum().clamp(min=1)
-        ctx.save_for_backward(dh, dw.to(weight.dtype))
+        ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
         return total / ctx.count
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         dh, dw = ctx.saved_tensors
         scale = grad_output / ctx.count
-        return dh * scale.to(dh.dtype), dw * scale.to(dw.dtype), None
+        return dh * scale.to(dh.dtype), None if dw is None else dw * scale.to(dw.dtype), None
 
 
 def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,6 +280,16 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return score_tokens(h, weight, targets)[0].sum() / (targets != -100).sum().clamp(min=1)
     return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
+
+
+def logits_and_loss(
+    h: Tensor, weight: Tensor, targets: Tensor | None, return_logits: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What forward returns, from the hidden states h (B, T, C) and the head's weight (V, C)."""
+    if targets is not None and not return_logits:
+        return None, head_loss(h, weight, targets)
+    logits = F.linear(h, weight)
+    return logits, None if targets is None else next_token_loss(logits, targets)
 
 
 # -------------------------------------------------------------------------------------------------------- the model
@@ -330,11 +343,7 @@ class PythiaModel(nn.Module):
         return_logits=False (training) returns None for the logits, and never holds them. What else a variant's
         hidden_states reads, such as contexts, is passed on to it.
         """
-        h = self.hidden_states(idx, cache, **inputs)
-        if targets is not None and not return_logits:
-            return None, head_loss(h, self.head_weight, targets)
-        logits = self.embed_out(h)
-        return logits, None if targets is None else next_token_loss(logits, targets)
+        return logits_and_loss(self.hidden_states(idx, cache, **inputs), self.head_weight, targets, return_logits)
 
     @property
     def head_weight(self) -> Tensor:
@@ -359,18 +368,11 @@ class PythiaModel(nn.Module):
 
         Raises ValueError if the two have other widths or other heads.
         """
-        theirs, mine = source.state_dict(), self.state_dict()
-        if theirs["embed_in.weight"].shape != mine["embed_in.weight"].shape:
-            raise ValueError(
-                f"the source's embedding is {tuple(theirs['embed_in.weight'].shape)}, this model's "
-                f"{tuple(mine['embed_in.weight'].shape)}: pretrained weights need the same widths (width_divisor = 1)"
-            )
-        if source.config.num_heads != self.config.num_heads:
-            raise ValueError(f"the source has num_heads={source.config.num_heads}, this model {self.config.num_heads}")
-        converted = self.convert(source)
-        copied = {k: v for k, v in theirs.items() if k not in converted and k in mine and v.shape == mine[k].shape}
-        self.load_state_dict({**mine, **copied, **converted})
-        return {k: "copied" if k in copied else "converted" if k in converted else "new" for k in mine}
+        require_same_embedding(self, source)
+        theirs = getattr(source.config, "num_heads", None)  # a model without attention has none
+        if theirs != self.config.num_heads:
+            raise ValueError(f"the source has num_heads={theirs}, this model {self.config.num_heads}")
+        return take_over(self, source, self.convert(source))
 
     def convert(self, source: "PythiaModel") -> dict[str, Tensor]:
         """Tensors of this model that are computed from a source's; a variant says which."""
@@ -410,6 +412,30 @@ class PythiaModel(nn.Module):
         (folder / "config.json").write_text(json.dumps(config_to_huggingface(self.config), indent=2) + "\n")
         state = {k if k.startswith("embed_out") else f"gpt_neox.{k}": v for k, v in self.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --------------------------------------------------------------------------------- starting from a trained model
+
+
+def require_same_embedding(model: Any, source: Any) -> None:
+    """Raises ValueError if the embeddings of two models differ in shape."""
+    theirs, mine = tuple(source.embed_in.weight.shape), tuple(model.embed_in.weight.shape)
+    if theirs != mine:
+        raise ValueError(
+            f"the source's embedding is {theirs}, this model's {mine}: pretrained weights need the same widths "
+            "(width_divisor = 1)"
+        )
+
+
+def take_over(model: nn.Module, source: nn.Module, converted: dict[str, Tensor]) -> dict[str, str]:
+    """Give a model the converted tensors, and a source's own where name and shape are the same.
+
+    Returns, for each tensor of the model, copied, converted or new.
+    """
+    theirs, mine = source.state_dict(), model.state_dict()
+    copied = {k: v for k, v in theirs.items() if k not in converted and k in mine and v.shape == mine[k].shape}
+    model.load_state_dict({**mine, **copied, **converted})
+    return {k: "copied" if k in copied else "converted" if k in converted else "new" for k in mine}
 
 
 # ------------------------------------------------------------------------------------------- generation, optimizer
