@@ -8,3 +8,4 @@ warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
 eval_interval = 100
+eval_iters = 10

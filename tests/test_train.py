@@ -74,7 +74,7 @@ def test_permute_is_a_permutation_that_mixes(n: int) -> None:
 
 @pytest.mark.parametrize("length", [34, 65, 64 * 32, 64 * 32 + 31])
 def test_windows_cover_an_epoch_without_overlap(length: int) -> None:
-    windows = train.Windows(np.arange(length, dtype=np.uint16), block_size=32, seed=0)
+    windows = train.Windows(length, block_size=32, seed=0)
     for epoch in range(3):
         starts = windows.starts(np.arange(windows.per_epoch) + epoch * windows.per_epoch)
         assert starts.min() >= 0
@@ -84,15 +84,15 @@ def test_windows_cover_an_epoch_without_overlap(length: int) -> None:
 
 
 def test_a_window_s_targets_are_the_next_tokens() -> None:
-    windows = train.Windows(np.arange(1000, dtype=np.uint16), block_size=32, seed=0)
-    batch = windows.batch(np.arange(5), torch.device("cpu"))
+    starts = train.Windows(1000, block_size=32, seed=0).starts(np.arange(5))
+    batch = train.window_batch(np.arange(1000, dtype=np.uint16), starts, 32, torch.device("cpu"))
     assert torch.equal(batch["idx"] + 1, batch["targets"])
     assert batch["idx"].shape == (5, 32)
 
 
 def test_a_token_file_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(InputError, match="32 tokens in the training file: too few for block_size=32"):
-        train.Windows(np.arange(32, dtype=np.uint16), block_size=32, seed=0)
+        train.Windows(32, block_size=32, seed=0)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
