@@ -26,6 +26,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
+from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import ContextKVConfig, ContextKVPythiaModel, ContextPythiaConfig, ContextPythiaModel
 from model_infini import InfiniConfig, InfiniPythiaModel
 from model_mla import MLAConfig, MLAPythiaModel
@@ -37,6 +38,7 @@ MODELS: dict[str, tuple[type, type]] = {
     "context": (ContextPythiaConfig, ContextPythiaModel),
     "context_kv": (ContextKVConfig, ContextKVPythiaModel),
     "infini": (InfiniConfig, InfiniPythiaModel),
+    "cascade": (CascadeConfig, CascadeContextLLM),
 }
 
 S = TypeVar("S")
@@ -75,6 +77,7 @@ class LMSettings(TrainSettings):
 
     batch_size: int = 4  # windows per micro-batch
     block_size: int = 512  # tokens per window
+    tokens_per_doc: int | None = None  # train on stretches of documents of so many tokens, the memory carried along
     gradient_accumulation_steps: int = 8  # micro-batches per step, shared out among the processes of torchrun
     learning_rate: float = 1e-3  # AdamW, after warmup
     min_lr: float = 1e-4  # learning rate at the end of the decay
@@ -98,23 +101,31 @@ class LMSettings(TrainSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters")
-        check_range(self, 1, "log_interval", "patience", "lr_decay_iters")
+        check_range(self, 1, "log_interval", "patience", "lr_decay_iters", "tokens_per_doc")
         check_range(self, 0, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
         check_range(self, 0, "min_ppl_gain")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} has to be at least 0 and below 1")
+        if self.tokens_per_doc is not None and self.tokens_per_doc % self.block_size:
+            raise InputError(f"tokens_per_doc={self.tokens_per_doc} is no multiple of block_size={self.block_size}")
 
 
 @dataclass(frozen=True)
 class Phase2Settings(LMSettings):
     """Training all of a model but its ContextBlock, on the exact contexts of the token stream."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_doc is not None:
+            raise InputError("tokens_per_doc is for phase='lm': contexts run through the whole stream")
+
 
 @dataclass(frozen=True)
 class Phase1Settings(TrainSettings):
     """Training a ContextBlock alone, without labels (OACD)."""
 
+    embeddings: str = "random"  # the token table: 'random', 'gpt2' (hub), a GPT-2 folder, a run folder (its output's)
     num_tokens: int = 100_000  # of the training tokens for each ContextBlock
     cascade_data: Literal["split", "all"] = "split"  # several blocks: each on its own part of the data, or all on all
     max_iterations: int = 100  # passes over all of them, one optimizer step each
@@ -168,7 +179,7 @@ class PrepSettings:
 class EvalSettings:
     """eval.py"""
 
-    tasks: str = "all"  # which of val,reversal,cache to measure, separated by commas; 'all' takes all that apply
+    tasks: str = "all"  # which of val,reversal,long,cache to measure, separated by commas; 'all' takes all that apply
     data_dir: str = "data"  # where the token files are
     dataset: str | None = None  # score on this dataset; None: the one that the first run was trained on
     block_size: int | None = None  # tokens per window; None: the smallest that the runs were trained with
@@ -462,9 +473,12 @@ def model_args(model_config: Any) -> dict[str, Any]:
 
 
 def baseline_config(model_config: Any) -> PythiaConfig:
-    """The Pythia of the same widths and depth, which a variant's cache is held against."""
+    """The Pythia of the same widths and depth, which a variant's cache is held against.
+
+    A model without layers of attention is held against six of its hidden_size; their heads are as large in any number.
+    """
     shared = set(names(PythiaConfig)) & set(names(type(model_config)))
-    return PythiaConfig(**{name: getattr(model_config, name) for name in shared})
+    return PythiaConfig(**{"num_heads": 1, "rotary_pct": 0.0, **{name: getattr(model_config, name) for name in shared}})
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -31,11 +31,13 @@ from configurator import (
     pick_device,
     run,
 )
-from prep import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
+from prep import ReversalPair, TokenFile, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
 from pythia_base import score_tokens
 
-TASKS = ("val", "reversal", "cache")
+TASKS = ("val", "reversal", "long", "cache")
 CACHE_LENGTHS = (256, 2048, 8192)  # tokens at which caches are compared
+LONG_WINDOWS = 8  # windows of a long document that are scored, 4,096 tokens at a block_size of 512
+AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
 POSITION_EDGES = (0, 16, 32, 64, 96)  # position ranges of the window; the last one ends with the window
 PPL_MEANING = (
     (5, "abnormal: a leak or a causal-mask error, inspect the code"),
@@ -109,6 +111,94 @@ def position_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
 
 def safe_exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
+
+
+# ------------------------------------------------------------------------------------------------ long documents
+
+
+def document_bounds(data: TokenFile) -> tuple[np.ndarray, np.ndarray]:
+    """Where each document's leading end-of-text token stands, and where its closing one."""
+    starts = data.doc_index["start"]
+    return starts, np.append(starts[1:], len(data.tokens) - 1)
+
+
+def long_documents(data: TokenFile, block_size: int) -> list[tuple[int, int]]:
+    """(start, end) of the documents that fill two windows, cut after LONG_WINDOWS, the shortest first."""
+    starts, ends = document_bounds(data)
+    lengths = np.minimum(ends - starts, LONG_WINDOWS * block_size)
+    order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths < 2 * block_size) :]
+    return [(int(starts[i]), int(starts[i] + lengths[i])) for i in order]
+
+
+def document_batches(
+    tokens: np.ndarray, documents: list[tuple[int, int]], block_size: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B, whole windows) of documents, a row each; after a row's end its targets are -100."""
+    for first in range(0, len(documents), batch_size):
+        group = documents[first : first + batch_size]
+        width = -(-max(e - s for s, e in group) // block_size) * block_size
+        idx, targets = np.zeros((len(group), width), np.int64), np.full((len(group), width), -100)
+        for row, (s, e) in enumerate(group):
+            idx[row, : e - s], targets[row, : e - s] = tokens[s:e], tokens[s + 1 : e + 1]
+        yield torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
+
+
+@torch.inference_mode()
+def score_documents(
+    model: Any,
+    tokens: np.ndarray,
+    documents: list[tuple[int, int]],
+    block_size: int,
+    batch_size: int,
+    device: torch.device,
+    carry: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and number of tokens per window of the documents; carry takes the memory from window to window."""
+    longest = max(e - s for s, e in documents)
+    loss, count = (np.zeros(math.ceil(longest / block_size)) for _ in range(2))
+    for idx, targets in document_batches(tokens, documents, block_size, batch_size, device):
+        inputs = {"memory": model.init_memory(len(idx))} if carry else {}
+        for w, (x, y) in enumerate(zip(idx.split(block_size, 1), targets.split(block_size, 1), strict=True)):
+            losses, _ = score_tokens(model.hidden_states(x, **inputs), model.head_weight, y)
+            loss[w] += losses.double().sum().item()
+            count[w] += (y != -100).sum().item()
+    return loss, count
+
+
+def evaluate_long(
+    model: Any, data: TokenFile, block_size: int, batch_size: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """PPL of long documents per window: the memory carried from window to window, and the memory reset before each.
+
+    A model without memory sees its window. Where no document is long enough, nothing is measured.
+    """
+    documents, has_memory = long_documents(data, block_size), hasattr(model, "init_memory")
+    if not documents:
+        return {}
+    if has_memory and block_size % model.config.segment_len:
+        print(f"long documents: not measured, windows of {block_size} end within a segment", file=sys.stderr)
+        return {}
+    arguments = (model, data.tokens, documents, block_size, batch_size, device)
+    loss, count = score_documents(*arguments, carry=has_memory)
+    reached = np.array([sum(e - s > w * block_size for s, e in documents) for w in range(len(count))])
+    results = {
+        "long_documents": {**by_window(reached), AFTER_FIRST: len(documents)},
+        "long_tokens": by_window(count),
+        "long_ppl": window_ppl(loss, count),
+    }
+    if has_memory:
+        results["long_ppl_reset"] = window_ppl(*score_documents(*arguments, carry=False))
+    return results
+
+
+def by_window(sums: np.ndarray) -> dict[str, float]:
+    """Of each window, by its number from 1, and of all after the first, which are those where a memory can help."""
+    return {**{str(w): value for w, value in enumerate(sums.tolist(), 1)}, AFTER_FIRST: sums[1:].sum().item()}
+
+
+def window_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
+    losses, tokens = by_window(loss), by_window(count)
+    return {where: safe_exp(losses[where] / tokens[where]) for where in tokens}
 
 
 # ------------------------------------------------------------------------------------------------ reversal curse
@@ -211,6 +301,8 @@ def evaluate_model(
     if "reversal" in tasks:
         tokenizer = load_tokenizer(data.meta["tokenizer"], data_dir)
         results |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), device)
+    if "long" in tasks:
+        results |= evaluate_long(model, data, block_size, batch_size, device)
     if "cache" in tasks:
         results |= evaluate_cache(model)
     return results
@@ -244,6 +336,7 @@ def format_summary(results: dict[str, Any]) -> str:
         ["reversal ratio (1 is best)", f"{results['reversal_ratio']:.3f}"],
         ["reversal gap (0 is best)", f"{results['reversal_gap']:.1f}"],
         ["  of the answers alone, ratio", f"{results['reversal_answer_ratio']:.3f}"],
+        *long_rows(results),
         ["cache bytes per token", f"{results['cache_bytes_per_token'][tokens]:,.0f}"],
         ["  of the baseline", f"{results['baseline_cache_bytes_per_token'][tokens]:,.0f}"],
         [f"cache saved, {int(tokens):,} tokens", f"{results['cache_saved'][tokens]:.1%}"],
@@ -252,6 +345,12 @@ def format_summary(results: dict[str, Any]) -> str:
     ]
     meaning = f"PPL {results['val_ppl']:.1f} is {results['ppl_meaning']} (with a subword vocabulary of about 50,000)"
     return format_table(["measured", "value"], rows) + "\n\n" + meaning
+
+
+def long_rows(results: dict[str, Any]) -> list[list[str]]:
+    """What a memory is worth on long documents: PPL after their first window."""
+    names = {"long_ppl": "long documents, PPL after window 1", "long_ppl_reset": "  with the memory reset"}
+    return [[name, f"{results[key][AFTER_FIRST]:.1f}"] for key, name in names.items() if key in results]
 
 
 COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header -> the result it needs, how it is shown
@@ -281,7 +380,20 @@ def format_comparison(results: list[dict[str, Any]]) -> str:
         meanings = [f"{r['run']}: PPL {r['val_ppl']:.1f} is {r['ppl_meaning']}" for r in results if "steps" in r]
         text += "\n\n" + "\n".join(meanings)
         text += "\n(what a PPL means presumes a subword vocabulary of about 50,000)"
+    if scored := [r for r in results if "long_ppl" in r]:
+        text += "\n\n" + format_long(scored)
     return text
+
+
+def format_long(results: list[dict[str, Any]]) -> str:
+    """PPL per window of long documents, and how much text stands behind each figure."""
+    first, rows = results[0], []
+    for r in results:
+        names = {"long_ppl": r["run"], "long_ppl_reset": "  memory reset before each window"}
+        rows += [[name, *(f"{ppl:.1f}" for ppl in r[key].values())] for key, name in names.items() if key in r]
+    names = {"long_documents": "documents", "long_tokens": "tokens"}
+    rows += [[name, *(f"{number:,.0f}" for number in first[key].values())] for key, name in names.items()]
+    return format_table(["long documents, PPL in window", *first["long_ppl"]], rows)
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -46,7 +46,8 @@ from configurator import (
     read_checkpoint,
     run,
 )
-from eval import TASKS, evaluate_model, format_rank, format_summary, format_table, safe_exp
+from eval import TASKS, document_bounds, evaluate_model, format_rank, format_summary, format_table, safe_exp
+from model_cascade import read_gpt2_table
 from model_context import ContextBlock, compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import BlockRun, TokenFile, context_cache, load_tokens, prepare
 from pythia_base import make_optimizer
@@ -84,6 +85,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(value, op)
         return value
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
 
 @contextlib.contextmanager
@@ -140,6 +149,34 @@ class Windows:
             offset = np.random.default_rng([self.seed, epoch]).integers(slack)
             mine = epochs == epoch
             starts[mine] = offset + self.block_size * permute(places[mine], self.per_epoch, self.seed + epoch)
+        return starts
+
+
+class Stretches:
+    """Stretches of documents, walked window by window: a row of a step goes on where it was in the step before.
+
+    All rows begin and end theirs together. As with Windows, which row is where is a function of the running number.
+    """
+
+    def __init__(self, data: TokenFile, tokens_per_doc: int, block_size: int, rows: int, seed: int) -> None:
+        starts, ends = document_bounds(data)
+        counts = (ends - starts) // tokens_per_doc  # stretches that lie whole within each document
+        if not counts.any():
+            raise InputError(f"no training document has tokens_per_doc={tokens_per_doc} tokens")
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, .. in each document
+        self.begins = np.repeat(starts, counts) + tokens_per_doc * within
+        self.windows_each = tokens_per_doc // block_size
+        self.block_size, self.rows, self.seed = block_size, rows, seed
+
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """Where in the token file the windows of these running numbers begin."""
+        steps, rows = np.divmod(numbers, self.rows)
+        turns, windows = np.divmod(steps, self.windows_each)
+        epochs, places = np.divmod(turns * self.rows + rows, len(self.begins))
+        starts = windows * self.block_size
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            starts[mine] += self.begins[permute(places[mine], len(self.begins), self.seed + epoch)]
         return starts
 
 
@@ -340,9 +377,7 @@ def new_model(job: Job, data: TokenFile, world: World) -> tuple[Any, Lineage, di
     weights, checkpoint = load_source(source)
     lineage = Lineage([], 0)
     if checkpoint is not None:
-        theirs, ours = checkpoint["data"]["tokenizer"], data.meta["tokenizer"]
-        if theirs != ours:
-            raise InputError(f"{source} was trained on {theirs} tokens, {data.path} holds {ours} tokens")
+        check_tokenizer(source, checkpoint["data"]["tokenizer"], data)
         lineage = Lineage([*checkpoint["parents"], source], checkpoint["tokens_seen"])
     try:
         report = model.start_from(weights)
@@ -353,6 +388,50 @@ def new_model(job: Job, data: TokenFile, world: World) -> tuple[Any, Lineage, di
         names = "" if how == "copied" else f" ({', '.join(tensors)})"
         world.say(f"{how:>9}: {len(tensors)} tensors{names}")
     return model, lineage, report
+
+
+def check_tokenizer(source: str, theirs: str, data: TokenFile) -> None:
+    """Raises InputError if a source's ids mean other tokens than the data's."""
+    if theirs != (ours := data.meta["tokenizer"]):
+        raise InputError(
+            f"{source} was trained on {theirs} tokens, {data.path} holds {ours} tokens; "
+            f"prep.py --tokenizer={theirs} makes others"
+        )
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A trained token table for a model to start from."""
+
+    table: Tensor  # (V, C)
+    tokenizer: str  # whose ids are its rows
+    lineage: Lineage
+
+
+def load_embeddings(source: str) -> Embeddings | None:
+    """The output embedding of a run, or GPT-2's from the hub or a local folder; None for 'random'."""
+    if source == "random":
+        return None
+    if Path(source, "ckpt.pt").is_file():
+        model, checkpoint = load_source(source)
+        assert checkpoint is not None
+        lineage = Lineage([*checkpoint["parents"], source], checkpoint["tokens_seen"])
+        return Embeddings(model.head_weight.detach(), checkpoint["data"]["tokenizer"], lineage)
+    try:
+        return Embeddings(read_gpt2_table(source), "gpt2", Lineage([source], 0))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"embeddings={source!r}: {one_line(error)}; a run folder, such as --embeddings=out/pythia, and "
+            "--embeddings=random need no hub"
+        ) from None
+
+
+def with_embedding(job: Job, rows: int, width: int) -> Job:
+    """The job, its model's embedding of the size of one that is loaded."""
+    try:
+        return replace(job, model_config=replace(job.model_config, vocab_size=rows, hidden_size=width))
+    except ValueError as error:
+        raise InputError(f"the embedding is {width} wide: {one_line(error)}") from None
 
 
 def data_identity(train: TokenFile, val: TokenFile) -> dict[str, str]:
@@ -425,7 +504,7 @@ class LMTrainer:
             )
         self.train_data, self.val_data = open_tokens(s, world, job.model_config.vocab_size)
         self.data = data_identity(self.train_data, self.val_data)
-        self.windows = Windows(len(self.train_data.tokens), s.block_size, s.seed)
+        self.windows: Windows | Stretches = Windows(len(self.train_data.tokens), s.block_size, s.seed)
         self.dtype, self.dtype_reason = pick_dtype(s.dtype, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
 
@@ -500,12 +579,13 @@ class LMTrainer:
         first = self.step * self.windows_per_step + self.world.rank * windows
         for start in range(0, windows, self.settings.batch_size):
             end = min(start + self.settings.batch_size, windows)
-            batch = self.training_batch(self.windows.starts(np.arange(first + start, first + end)))
+            batch = self.training_batch(np.arange(first + start, first + end))
             yield batch, (end - start) / windows, end == windows
 
-    def training_batch(self, starts: np.ndarray) -> dict[str, Tensor]:
-        """The model's arguments for the windows of training data that begin at starts."""
-        return window_batch(self.train_data.tokens, starts, self.settings.block_size, self.world.device)
+    def training_batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
+        """The model's arguments for the training windows of these running numbers."""
+        starts, width = self.windows.starts(numbers), self.windows.block_size
+        return window_batch(self.train_data.tokens, starts, width, self.world.device)
 
     def train_step(self) -> Tensor:
         """One optimizer step over the step's windows; returns their mean loss."""
@@ -657,9 +737,17 @@ def duration(seconds: float) -> str:
 
 
 class Phase2Trainer(LMTrainer):
-    """Phase 2: the ContextBlocks stay as Phase 1 left them, and their exact contexts come from the context cache."""
+    """Phase 2: the ContextBlocks stay as Phase 1 left them, and their exact contexts come from the context cache.
+
+    A model whose positions are independent, given their contexts, is trained on positions drawn from all over the
+    stream, each a window of one token, as many in a step as the windows of block_size would hold.
+    """
 
     def __init__(self, job: Job, folder: RunFolder, world: World) -> None:
+        parent = folder.path if job.settings.init_from == "resume" else Path(job.settings.init_from)
+        if (parent / "ckpt.pt").is_file():  # if not, new_model says so
+            theirs = read_checkpoint(parent)["model_args"]
+            job = with_embedding(job, theirs["vocab_size"], theirs["hidden_size"])
         super().__init__(job, folder, world)
         if job.settings.init_from == "scratch":
             raise InputError("phase='phase2' needs trained ContextBlocks: init_from has to name a run of phase 1")
@@ -678,16 +766,95 @@ class Phase2Trainer(LMTrainer):
             context_cache(self.model, self.train_data, making)
         self.world.barrier()  # the others find it made
         self.contexts = context_cache(self.model, self.train_data, making).contexts
+        if getattr(self.model, "positions_are_independent", False):
+            self.windows = Windows(len(self.train_data.tokens), 1, self.settings.seed)
 
-    def training_batch(self, starts: np.ndarray) -> dict[str, Tensor]:
-        rows = np.stack([self.contexts[s : s + self.settings.block_size] for s in starts])
-        return {**super().training_batch(starts), "contexts": torch.from_numpy(rows).to(self.world.device)}
+    def training_batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
+        width = self.windows.block_size
+        each = self.settings.block_size // width  # windows in the place of one: 1, or as many as it has positions
+        numbers = (numbers[:, None] * each + np.arange(each)).ravel()
+        positions = self.windows.starts(numbers)[:, None] + np.arange(width)
+        contexts = torch.from_numpy(self.contexts[positions]).to(self.world.device)  # (B, T, E)
+        return {**super().training_batch(numbers), "contexts": contexts}
+
+
+class DocumentTrainer(LMTrainer):
+    """Training on stretches of long documents: what a row's memory holds goes with it from window to window.
+
+    Truncated backpropagation: the gradient of a window stays within it.
+    """
+
+    windows: Stretches
+
+    def __init__(self, job: Job, folder: RunFolder, world: World) -> None:
+        super().__init__(job, folder, world)
+        s, segment_len = self.settings, getattr(job.model_config, "segment_len", None)
+        if segment_len is None:
+            raise InputError(f"tokens_per_doc={s.tokens_per_doc}: model={s.model!r} has no memory to carry")
+        if s.block_size % segment_len:
+            raise InputError(f"tokens_per_doc: block_size={s.block_size} is no multiple of segment_len={segment_len}")
+        assert s.tokens_per_doc is not None
+        self.windows = Stretches(self.train_data, s.tokens_per_doc, s.block_size, self.windows_per_step, s.seed)
+
+    def announce(self) -> None:
+        super().announce()
+        count, each = len(self.windows.begins), self.windows.windows_each
+        self.world.say(f"documents: {count:,} stretches of {each} windows, {self.settings.tokens_per_doc:,} tokens")
+
+    # -- the memories
+
+    def empty_memories(self) -> list[Any]:
+        """One for each micro-batch of this process."""
+        rows, size = self.windows_per_step // self.world.size, self.settings.batch_size
+        return [self.model.init_memory(min(size, rows - first)) for first in range(0, rows, size)]
+
+    def micro_batches(self) -> Iterator[tuple[dict[str, Tensor], float, bool]]:
+        """As LMTrainer's, each with the memory of its rows."""
+        if self.step % self.windows.windows_each == 0:
+            self.memories = self.empty_memories()
+        for (batch, weight, is_last), memory in zip(super().micro_batches(), self.memories, strict=True):
+            yield {**batch, "memory": memory}, weight, is_last
+            memory.detach()  # the micro-batch's backward is done
+
+    # -- checkpoints
+
+    def build(self, checkpoint: dict[str, Any] | None) -> None:
+        super().build(checkpoint)
+        self.memories = self.empty_memories()
+        if checkpoint is not None:
+            self.load_memories(checkpoint)
+
+    def load_memories(self, checkpoint: dict[str, Any]) -> None:
+        """Go on within the stretches. Raises InputError if the rows of a step are not where the checkpoint's were."""
+        s, theirs = self.settings, checkpoint["config"]
+        for name in ("tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"):
+            if getattr(s, name) != theirs[name]:
+                raise InputError(f"going on within documents needs {name}={theirs[name]}, as {self.folder.path} has it")
+        rows = self.windows_per_step // self.world.size
+        mine = {k: v.split(rows)[self.world.rank].split(s.batch_size) for k, v in checkpoint["memory"].items()}
+        for i, memory in enumerate(self.memories):
+            memory.load_state_dict({name: parts[i] for name, parts in mine.items()})
+
+    def checkpoint(self, is_best: bool = False) -> None:
+        """Only here do the processes bring their memories together: state() is the main one's alone."""
+        states = [memory.state_dict() for memory in self.memories]
+        self.carried = {k: self.world.gather(torch.cat([state[k] for state in states])) for k in states[0]}
+        super().checkpoint(is_best)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "memory": self.carried}
+
+
+def pick_trainer(settings: LMSettings) -> type[LMTrainer]:
+    if settings.phase == "phase2":
+        return Phase2Trainer
+    return LMTrainer if settings.tokens_per_doc is None else DocumentTrainer
 
 
 def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
     """Phases 'lm' and 'phase2': next-token cross entropy. Returns the signal that stopped it, 0 if none did."""
-    trainer = (Phase2Trainer if job.settings.phase == "phase2" else LMTrainer)(job, folder, world)
-    checkpoint = folder.claim(job, world)
+    trainer = pick_trainer(job.settings)(job, folder, world)
+    checkpoint = folder.claim(trainer.job, world)
     if checkpoint is not None and folder.is_finished(checkpoint, job.settings):
         world.say(f"{folder.path} is finished, {checkpoint['iter_num']} steps; --overwrite=True trains it again")
         return 0
@@ -724,9 +891,14 @@ class Phase1Trainer:
     def __init__(self, job: Job, folder: RunFolder, world: World) -> None:
         if world.size > 1:
             raise InputError("phase='phase1' trains in one process: start it without torchrun")
-        self.job, self.folder, self.world = job, folder, world
         self.settings: Phase1Settings = job.settings
+        self.embeddings = load_embeddings(self.settings.embeddings)
+        if self.embeddings is not None:
+            job = with_embedding(job, *self.embeddings.table.shape)
+        self.job, self.folder, self.world = job, folder, world
         self.train_data, self.val_data = open_tokens(self.settings, world, job.model_config.vocab_size)
+        if self.embeddings is not None:
+            check_tokenizer(self.settings.embeddings, self.embeddings.tokenizer, self.train_data)
         self.data = data_identity(self.train_data, self.val_data)
         self.reports: list[dict[str, Any]] = []  # of the blocks that are trained
         self.iteration, self.step, self.train_seconds = 0, 0, 0.0  # of this block, of the run, of the run
@@ -738,6 +910,10 @@ class Phase1Trainer:
         job = self.job if checkpoint is None else replace(self.job, settings=replace(s, init_from="resume"))
         self.model, self.lineage, _ = new_model(job, self.train_data, self.world)
         require_context_blocks(self.model, s)
+        if self.embeddings is not None:
+            self.model.embed_in.weight.data.copy_(self.embeddings.table)
+            theirs, ours = self.embeddings.lineage, self.lineage
+            self.lineage = Lineage([*ours.parents, *theirs.parents], ours.tokens_seen + theirs.tokens_seen)
         self.model.to(self.world.device)
         announce(self.job, self.model, self.train_data, self.folder, self.world)
         if checkpoint is not None:
@@ -809,7 +985,7 @@ class Phase1Trainer:
         heldout_convergence_rate: how many exact contexts move by less than the threshold in one noisy parallel pass.
         """
         s, block, table = self.settings, self.model.context_blocks[number], self.model.embed_in.weight
-        heldout_tokens = torch.from_numpy(self.val_data.tokens[: s.num_tokens].astype(np.int64))
+        heldout_tokens = self.heldout_tokens()
         exact, heldout = (exact_contexts(block, table, ids) for ids in (tokens, heldout_tokens))
         noisy = heldout[:-1] + s.context_noise * torch.randn_like(heldout[:-1])
         token_half = block.gathered_token_half(heldout_tokens[1:].to(table.device), table)
@@ -828,9 +1004,26 @@ class Phase1Trainer:
             "heldout_effective_rank": effective_rank(heldout),
         }
 
+    def heldout_tokens(self) -> Tensor:
+        return torch.from_numpy(self.val_data.tokens[: self.settings.num_tokens].astype(np.int64))
+
+    @torch.no_grad()
+    def report_all(self) -> dict[str, Any]:
+        """What all contexts, side by side, are worth: on an equal share of each block's tokens, and held out."""
+        blocks, table = self.model.context_blocks, self.model.embed_in.weight
+        share = math.ceil(self.settings.num_tokens / len(blocks))
+        tokens = torch.cat([self.part(number)[:share] for number in range(len(blocks))])
+        ranks = [
+            effective_rank(torch.cat([exact_contexts(block, table, ids) for block in blocks], dim=1))
+            for ids in (tokens, self.heldout_tokens())
+        ]
+        width = sum(block.context_dim for block in blocks)
+        return {"context_dim": width, "effective_rank": ranks[0], "heldout_effective_rank": ranks[1]}
+
     def finish(self) -> None:
         """Write summary.json and show it."""
         s, path = self.settings, self.folder.path
+        together = self.report_all() if len(self.reports) > 1 else None
         summary = {
             "model": s.model,
             "phase": s.phase,
@@ -841,6 +1034,7 @@ class Phase1Trainer:
             "commit": git_commit(),
             "checkpoint": str(path / "ckpt.pt"),
             "blocks": self.reports,
+            "all_blocks": together,
         }
         self.folder.write_json("summary.json", summary)
         for r in self.reports:
@@ -848,11 +1042,12 @@ class Phase1Trainer:
                 ["iterations", str(r["iterations"])],
                 ["convergence rate", f"{r['convergence_rate']:.1%}"],
                 ["  within the threshold of the exact recurrence", f"{r['exact_share']:.1%}"],
-                ["effective rank", format_rank(r["effective_rank"], r["context_dim"])],
                 ["held-out convergence rate", f"{r['heldout_convergence_rate']:.1%}"],
-                ["held-out effective rank", format_rank(r["heldout_effective_rank"], r["context_dim"])],
+                *rank_rows(r),
             ]
             print("\n" + format_table([f"ContextBlock {r['block']}, {r['tokens']:,} tokens", "value"], rows))
+        if together is not None:
+            print("\n" + format_table(["all ContextBlocks side by side", "value"], rank_rows(together)))
         print(f"\ncheckpoint {path / 'ckpt.pt'}\nnext: phase 2 with --init_from={path}")
 
     def save(self, block: dict[str, Any] | None) -> None:
@@ -868,6 +1063,12 @@ class Phase1Trainer:
         self.folder.save(state, "ckpt.pt")
 
 
+def rank_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The effective ranks of a report as rows of a table."""
+    names = {"effective rank": "effective_rank", "held-out effective rank": "heldout_effective_rank"}
+    return [[name, format_rank(report[key], report["context_dim"])] for name, key in names.items()]
+
+
 def require_context_blocks(model: Any, settings: Any) -> None:
     if not hasattr(model, "context_blocks"):
         raise InputError(f"phase={settings.phase!r}: model={settings.model!r} has no ContextBlock to train or to read")
@@ -876,7 +1077,7 @@ def require_context_blocks(model: Any, settings: Any) -> None:
 def train_context_blocks(job: Job, folder: RunFolder, world: World) -> int:
     """Phase 'phase1'. Returns the signal that stopped it, 0 if none did."""
     trainer = Phase1Trainer(job, folder, world)
-    checkpoint = folder.claim(job, world)
+    checkpoint = folder.claim(trainer.job, world)
     if checkpoint is not None and (folder.path / "summary.json").exists():
         world.say(f"{folder.path} is finished, {checkpoint['iter_num']} iterations; --overwrite=True trains it again")
         return 0
