@@ -1,0 +1,202 @@
+"""The cascade: N context blocks, each trained on different data, and one token layer; no attention, no growing cache.
+
+A recurrent model. Each ContextBlock (model_context.py) folds the tokens into a vector of its own; the blocks do not
+see one another. One layer predicts token t+1 from their vectors, side by side, and from token t.
+
+    e_t    = LayerNorm(embedding(token_t))
+    c^i_t  = ContextBlock_i(c^i_{t-1}, e_t),  c^i_{-1} = 0         i = 0 .. N-1
+    x_t    = LayerNorm(e_t + GELU(W [c^0_t; ...; c^{N-1}_t; e_t] + b))
+    logits = x_t E^T                                               E: the embedding table
+
+                     .--> ContextBlock 0   --> c^0_t     --.
+                     |      ^________| c^0_{t-1}           |
+    token_t --> e_t -+--> ContextBlock N-1 --> c^{N-1}_t --+--> TokenBlock --> x_t --> E^T --> logits of token t+1
+                     |                                     |
+                     '-------------------------------------'
+
+Cached: the N x E numbers of the last position, however long the text: with two blocks of 500, 4,000 bytes in float32.
+
+The table is GPT-2's (Radford et al. 2019) or that of a trained run. Phase 1 trains the blocks and phase 2 the
+TokenBlock; both leave the table as it is, and since the output is tied to it, no output matrix is trained or stored.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_context import ContextBlock, ContextCache, init_context_linear
+from pythia_base import (
+    Cache,
+    download_checkpoint,
+    logits_and_loss,
+    read_weights,
+    require_positive,
+    require_same_embedding,
+    stream_tokens,
+    take_over,
+)
+
+
+@dataclass(frozen=True)
+class CascadeConfig:
+    """Shape of a cascade; the defaults are two blocks of 500 on GPT-2's table."""
+
+    vocab_size: int = 50304  # rows of the embedding; those of the table where one is loaded
+    hidden_size: int = 768  # width of the embedding; that of the table where one is loaded
+    context_dim: int = 500  # width E of each block's context
+    num_context_blocks: int = 2  # N
+    num_layers_per_block: int = 1  # layers of a ContextBlock
+    freeze_embedding: bool = True  # False: TokenBlock and tied output have a copy of the table, which phase 2 trains
+    tie_weights: bool = True  # the output matrix is the embedding table; False: one of its own, trained
+    max_position_embeddings: int = 2048  # longest window the model is trained and scored on
+    layer_norm_eps: float = 1e-5  # epsilon of every LayerNorm
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "context_dim", "num_context_blocks", "num_layers_per_block")
+        for name in (*sizes, "max_position_embeddings"):
+            require_positive(self, name)
+
+
+class TokenBlock(nn.Module):
+    """x_t = LayerNorm(e_t + GELU(W [c_t; e_t] + b)),  e_t = LayerNorm(embedding), c_t all contexts side by side."""
+
+    def __init__(self, config: CascadeConfig) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.embed_norm = nn.LayerNorm(C, config.layer_norm_eps, elementwise_affine=False)  # as the ContextBlocks'
+        self.linear = nn.Linear(config.num_context_blocks * config.context_dim + C, C)
+        init_context_linear(self.linear, "normal")
+        self.norm = nn.LayerNorm(C, config.layer_norm_eps)
+
+    def forward(self, contexts: Tensor, embeddings: Tensor) -> Tensor:
+        """contexts (..., N E) and the embeddings (..., C) of the same positions -> (..., C)."""
+        e = self.embed_norm(embeddings)
+        return self.norm(e + F.gelu(self.linear(torch.cat([contexts, e], dim=-1))))
+
+
+class CascadeContextLLM(nn.Module):
+    """N recurrent contexts and one token layer."""
+
+    positions_are_independent = True  # given their contexts, so that phase 2 can draw them one by one
+
+    def __init__(self, config: CascadeConfig) -> None:
+        super().__init__()
+        self.config = config
+        V, C = config.vocab_size, config.hidden_size
+        self.embed_in = nn.Embedding(V, C)
+        nn.init.normal_(self.embed_in.weight, std=0.02)
+        blocks = [
+            ContextBlock(C, config.context_dim, config.num_layers_per_block, config.layer_norm_eps, "normal", True)
+            for _ in range(config.num_context_blocks)
+        ]
+        self.context_blocks: Any = nn.ModuleList(blocks)
+        self.token_block = TokenBlock(config)
+        if not config.freeze_embedding:
+            self.embed_token = nn.Embedding.from_pretrained(self.embed_in.weight.detach().clone(), freeze=False)
+        if not config.tie_weights:
+            self.embed_out = nn.Linear(C, V, bias=False)
+            nn.init.normal_(self.embed_out.weight, std=0.02)
+
+    @property
+    def token_weight(self) -> Tensor:
+        """The table (V, C) that the TokenBlock reads; the ContextBlocks keep reading the one of phase 1."""
+        return self.embed_in.weight if self.config.freeze_embedding else self.embed_token.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (V, C) that turns hidden states into logits."""
+        return self.token_weight if self.config.tie_weights else self.embed_out.weight
+
+    def recurrences(self, idx: Tensor, c: Tensor | None) -> Tensor:
+        """The exact contexts of tokens (B, T), side by side, (B, T, N E), from c (B, N E) on, or from 0 if None.
+
+        ContextBlock.step for all blocks at once: their weights are stacked and multiplied as one batched product.
+        """
+        blocks, N, E = self.context_blocks, self.config.num_context_blocks, self.config.context_dim
+        with torch.autocast(idx.device.type, enabled=False):  # rounding would add up from token to token
+            embeddings = self.embed_in(idx)
+            halves = torch.stack([block.token_half(embeddings) for block in blocks])  # (N, B, T, layers E)
+            c = halves.new_zeros(N, idx.size(0), E) if c is None else c.unflatten(-1, (N, E)).transpose(0, 1)
+            layers = [self.stacked_layer(i) for i in range(self.config.num_layers_per_block)]
+            contexts = []
+            for half in halves.unbind(dim=2):
+                for (W_c, scale, shift), b in zip(layers, half.split(E, dim=-1), strict=True):
+                    delta = F.gelu(torch.baddbmm(b, c, W_c))
+                    c = F.layer_norm(c + delta, (E,), eps=self.config.layer_norm_eps) * scale + shift  # (N, B, E)
+                contexts.append(c)
+        return torch.stack(contexts, dim=1).permute(2, 1, 0, 3).flatten(2)  # (N, T, B, E) -> (B, T, N E)
+
+    def stacked_layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Layer i of every block: W_c^T (N, E, E), the LayerNorms' scale and shift (N, 1, E)."""
+        linears, norms = zip(*((block.linears[i], block.norms[i]) for block in self.context_blocks), strict=True)
+        W_c = torch.stack([linear.weight[:, : self.config.context_dim] for linear in linears])
+        scale, shift = torch.stack([norm.weight for norm in norms]), torch.stack([norm.bias for norm in norms])
+        return W_c.transpose(1, 2), scale[:, None], shift[:, None]
+
+    def hidden_states(self, idx: Tensor, cache: Cache | None = None, contexts: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) -> (B, T, C); contexts (B, T, N E) of these positions, if they are known already."""
+        start = 0 if cache is None else cache.extend(idx.size(1))
+        if contexts is None:
+            contexts = self.recurrences(idx, None if cache is None else cache.layers[0].state(start))
+        if cache is not None:
+            cache.layers[0].write(contexts, start)
+        return self.token_block(contexts, F.embedding(idx, self.token_weight))
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        return_logits: bool = True,
+        contexts: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V), and the mean cross entropy if there are targets (B, T), -100 left out.
+
+        return_logits=False (training) returns None for the logits, and never holds them.
+        """
+        return logits_and_loss(self.hidden_states(idx, cache, contexts), self.head_weight, targets, return_logits)
+
+    def init_cache(self, batch_size: int, max_len: int) -> Cache:
+        """The contexts of the last position: as many numbers for any max_len."""
+        width = self.config.num_context_blocks * self.config.context_dim
+        return Cache([ContextCache(batch_size, 1, width, like=self.embed_in.weight)], max_len)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None = None) -> Tensor:
+        """Continue the prompts idx (B, T) -> (B, T + max_new_tokens); temperature 0 is greedy."""
+        cache = self.init_cache(idx.size(0), idx.size(1) + max_new_tokens)
+        return torch.cat([idx, *stream_tokens(self, idx, cache, max_new_tokens, temperature, top_k)], dim=1)
+
+    def freeze_for_phase2(self) -> None:
+        """Phase 2 trains all but what the cached contexts were computed with."""
+        self.context_blocks.requires_grad_(False)
+        self.embed_in.requires_grad_(False)
+
+    def start_from(self, source: Any) -> dict[str, str]:
+        """Take over what a trained model shares with this one; returns, for each tensor, copied, converted or new.
+
+        Raises ValueError if their embeddings differ in shape.
+        """
+        require_same_embedding(self, source)
+        starts_copy = not self.config.freeze_embedding and not hasattr(source, "embed_token")
+        return take_over(self, source, {"embed_token.weight": source.embed_in.weight} if starts_copy else {})
+
+
+def read_gpt2_table(name_or_folder: str) -> Tensor:
+    """The token embedding (V, C) of a Hugging Face GPT-2 checkpoint: a hub id such as gpt2, or a local folder.
+
+    Raises FileNotFoundError if there is no such checkpoint, ValueError if it is another architecture.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = download_checkpoint(name_or_folder)
+    config, state = json.loads((folder / "config.json").read_text(encoding="utf-8")), read_weights(folder)
+    names = [name for name in ("transformer.wte.weight", "wte.weight") if name in state]  # with or without its head
+    if config.get("model_type") != "gpt2" or not names:
+        raise ValueError(f"{folder} holds no GPT-2, but model_type={config.get('model_type')!r}")
+    return state[names[0]]
