@@ -210,8 +210,26 @@ class SampleSettings:
         check_range(self, 1, "max_new_tokens", "top_k", "num_samples")
 
 
+@dataclass(frozen=True)
+class BenchSettings:
+    """bench.py"""
+
+    what: Literal["contexts"] = "contexts"  # the work to time
+    init_from: str = ""  # the phase 1 run whose ContextBlock is timed; empty: a new one
+    dataset: str = "mini"  # whose text the work is done on
+    data_dir: str = "data"  # where the token files are
+    num_tokens: int = 500_000  # tokens of the fast form per repeat; the plain one takes a fiftieth
+    repeats: int = 3  # interleaved, after one to warm up; medians are shown
+    out: str = "bench.json"  # where the figures go
+    device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "repeats")
+        check_range(self, 1000, "num_tokens")
+
+
 PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": Phase2Settings}
-SETTINGS: tuple[type, ...] = (*PHASES.values(), PrepSettings, EvalSettings, SampleSettings)
+SETTINGS: tuple[type, ...] = (*PHASES.values(), PrepSettings, EvalSettings, SampleSettings, BenchSettings)
 WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
 
 

@@ -1168,6 +1168,19 @@ class BlockRun:
         return f"largest difference at a seam {self.largest_gap:.1e}, {again}"
 
 
+@torch.no_grad()
+def exact_contexts(block: ContextBlock, table: Tensor, tokens: Tensor) -> Tensor:
+    """The contexts (N, E) that the recurrence from zero gives for tokens (N,), both on the CPU."""
+    making = PrepSettings()
+    contexts = torch.empty(len(tokens), block.context_dim)
+    rows = table.new_empty(making.chunk_tokens, block.context_dim)
+    block_run = BlockRun(block, table.new_zeros(block.context_dim), rows, table, making)
+    for ids, out in zip(tokens.split(making.chunk_tokens), contexts.split(making.chunk_tokens), strict=True):
+        block_run.fill(ids.to(table.device))
+        out.copy_(rows[: len(ids)])
+    return contexts
+
+
 def main() -> None:
     settings, _ = parse_settings(PrepSettings, sys.argv[1:])
     if settings.stage == "contexts":

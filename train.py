@@ -48,8 +48,8 @@ from configurator import (
 )
 from eval import TASKS, document_bounds, evaluate_model, format_rank, format_summary, format_table, safe_exp
 from model_cascade import read_gpt2_table
-from model_context import ContextBlock, compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
-from prep import BlockRun, TokenFile, context_cache, load_tokens, prepare
+from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
+from prep import TokenFile, context_cache, exact_contexts, load_tokens, prepare
 from pythia_base import make_optimizer
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
@@ -870,19 +870,6 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
 
 
 # --------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
-
-
-@torch.no_grad()
-def exact_contexts(block: ContextBlock, table: Tensor, tokens: Tensor) -> Tensor:
-    """The contexts (N, E) that the recurrence from zero gives for tokens (N,), both on the CPU."""
-    making = PrepSettings()
-    contexts = torch.empty(len(tokens), block.context_dim)
-    rows = table.new_empty(making.chunk_tokens, block.context_dim)
-    block_run = BlockRun(block, table.new_zeros(block.context_dim), rows, table, making)
-    for ids, out in zip(tokens.split(making.chunk_tokens), contexts.split(making.chunk_tokens), strict=True):
-        block_run.fill(ids.to(table.device))
-        out.copy_(rows[: len(ids)])
-    return contexts
 
 
 class Phase1Trainer:
