@@ -73,7 +73,7 @@ def test_the_last_model_named_is_the_one(tmp_path: Path) -> None:
 
 
 def test_nothing_given_is_the_baseline() -> None:
-    assert parse_train([]) == Job(PHASES["lm"](), PythiaConfig(), name="pythia", passed_over=[])
+    assert parse_train([]) == Job(PHASES["lm"](), PythiaConfig(), name="pythia", parent="", passed_over=[])
 
 
 def test_scripts_take_files_and_overrides(tmp_path: Path) -> None:
@@ -107,6 +107,12 @@ def test_a_layer_may_hold_keys_that_the_model_does_not_have(tmp_path: Path) -> N
     job = parse_files(tmp_path, "model = 'pythia'", "kv_dim = 64\nmax_iters = 3\nstage = 'tokens'")
     assert job.passed_over == ["kv_dim", "stage"]
     assert job.settings.max_iters == 3
+
+
+def test_a_config_in_the_place_of_a_source_stands_for_its_run_under_the_same_layers(tmp_path: Path) -> None:
+    job = parse_files(tmp_path, "phase = 'phase2'\nmodel = 'context'\ninit_from = 'config/phase1.py'", "seed = 3")
+    assert job.settings.init_from == "out/phase1-b"
+    assert job.parent == f"python train.py config/phase1.py {tmp_path / 'b.py'}"
 
 
 # -------------------------------------------------------------------------------------------------------------- types
