@@ -493,10 +493,13 @@ def model_args(model_config: Any) -> dict[str, Any]:
 def baseline_config(model_config: Any) -> PythiaConfig:
     """The Pythia of the same widths and depth, which a variant's cache is held against.
 
-    A model without layers of attention is held against six of its hidden_size; their heads are as large in any number.
+    A model without attention is held against Pythia's six layers at its hidden_size, whatever number divides that.
     """
     shared = set(names(PythiaConfig)) & set(names(type(model_config)))
-    return PythiaConfig(**{"num_heads": 1, "rotary_pct": 0.0, **{name: getattr(model_config, name) for name in shared}})
+    values = {name: getattr(model_config, name) for name in shared}
+    if "num_heads" not in shared:
+        values |= {"num_heads": 1, "rotary_pct": 0.0}  # a cache is as large with any number of heads
+    return PythiaConfig(**values)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

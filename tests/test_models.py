@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from configurator import MODELS
+from model_cascade import CascadeConfig
 from model_context import ContextKVConfig, ContextPythiaConfig
 from model_infini import InfiniConfig
 from model_mla import MLAConfig
@@ -30,6 +31,7 @@ CONFIGS = {
     "infini-banks": InfiniConfig(**SMALL, segment_len=3, num_memory_banks=2, segments_per_bank=2, use_alibi=True),
     "infini-multi": InfiniConfig(**SMALL, segment_len=4, num_memories=3),
     "infini-multi-sums": InfiniConfig(**SMALL, segment_len=4, num_memories=3, normalize_relevance=False),
+    "cascade": CascadeConfig(vocab_size=97, hidden_size=32, context_dim=12, num_context_blocks=3),
 }
 B, T = 3, 41
 every_model = pytest.mark.parametrize("name", CONFIGS)
