@@ -1,0 +1,121 @@
+"""Phase 1 and phase 2 as train.py runs them: exact resuming, what stays frozen, what is refused."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from configurator import InputError
+from model_context import oacd_iteration
+
+ROOT = Path(__file__).parents[1]
+NARROW = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--context_dim=8"]
+PHASE_1 = ["--num_tokens=2000", "--batch_size=500", "--max_iterations=9", "--checkpoint_interval=2"]
+PHASE_2 = ["--block_size=32", "--gradient_accumulation_steps=1", "--max_iters=4", "--eval_interval=2", "--eval_iters=1"]
+
+
+@pytest.fixture
+def here(data_dir: Path) -> list[str]:
+    return [*NARROW, f"--data_dir={data_dir}", "--dataset=own", "--device=cpu"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, config: str, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", str(ROOT / "config" / config), *words])
+    train.main()
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+class PowerCut(BaseException):
+    """Ends a run at a moment that nothing in it expects."""
+
+
+def test_phase_1_cut_off_ends_as_if_it_had_not_been(
+    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*here, *PHASE_1, "--early_stopping_threshold=1.1"]
+    run(monkeypatch, "phase1.py", *words, f"--out_dir={tmp_path / 'whole'}")
+    iteration, calls = oacd_iteration, [0]
+    for last in (1, 4, 3):  # of the calls that this process makes
+        calls[0] = 0
+
+        def interrupted(*args: Any, last: int = last, **keys: Any) -> tuple[float, float]:
+            calls[0] += 1
+            if calls[0] > last:
+                raise PowerCut
+            return iteration(*args, **keys)
+
+        monkeypatch.setattr(train, "oacd_iteration", interrupted)
+        with pytest.raises(PowerCut):
+            run(monkeypatch, "phase1.py", *words, f"--out_dir={tmp_path / 'cut'}")
+    monkeypatch.setattr(train, "oacd_iteration", iteration)
+    run(monkeypatch, "phase1.py", *words, f"--out_dir={tmp_path / 'cut'}")
+    whole, cut = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
+    assert whole["blocks"] == cut["blocks"]
+    assert whole["blocks"][0]["iterations"] == 9
+    models = [checkpoint(tmp_path / name)["model"] for name in ("whole", "cut")]
+    torch.testing.assert_close(*models, atol=0, rtol=0)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "more"),
+    [("phase1", "phase2", []), ("context_kv_phase1", "context_kv_phase2", ["--context_interval=4"])],
+)
+def test_phase_2_trains_all_but_what_the_contexts_depend_on(
+    first: str, second: str, more: list[str], here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, f"{first}.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
+    words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", "--weight_decay=0.5", "--dtype=float32"]
+    run(monkeypatch, f"{second}.py", *words, *more, f"--out_dir={tmp_path / 'two'}")
+    before, after = checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert set(before) - changed == {n for n in before if n.startswith(("context_block", "embed_in"))}
+    assert checkpoint(tmp_path / "two")["parents"] == [str(tmp_path / "one")]
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert {"val_ppl", "reversal_ratio", "cache_bytes_per_token"} <= set(summary)
+
+
+def test_phase_2_reads_the_exact_contexts_of_its_windows(
+    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
+    batches: list[tuple[Any, dict[str, torch.Tensor]]] = []
+    training_batch = train.Phase2Trainer.training_batch
+
+    def recorded(self: train.Phase2Trainer, numbers: Any) -> dict[str, torch.Tensor]:
+        batches.append((self, training_batch(self, numbers)))
+        return batches[-1][1]
+
+    monkeypatch.setattr(train.Phase2Trainer, "training_batch", recorded)
+    words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", f"--out_dir={tmp_path / 'two'}"]
+    run(monkeypatch, "phase2.py", *words)
+    trainer, batch = batches[-1]
+    stream = torch.from_numpy(trainer.train_data.tokens[:].astype("int64"))
+    window = batch["idx"][0]
+    starts = [s for s in range(len(stream) - 32) if torch.equal(stream[s : s + 32], window)]
+    exact = trainer.model.context_block.recurrence(trainer.model.embed_in(stream[: starts[0] + 32])[None], None)[0]
+    torch.testing.assert_close(batch["contexts"][0], exact[-32:].detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "message"),
+    [
+        ("phase2.py", ["--init_from=scratch"], "init_from has to name a run of phase 1"),
+        ("phase2.py", ["--init_from=config/nothing.py"], "out/nothing is missing; make it with: python train.py"),
+        ("pythia.py", ["--phase=phase1"], "model='pythia' has no ContextBlock"),
+    ],
+)
+def test_a_phase_without_what_it_needs_is_refused(
+    config: str, words: list[str], message: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [f"--data_dir={data_dir}", "--dataset=own", "--device=cpu", f"--out_dir={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match=message):
+        run(monkeypatch, config, *words, *data)
