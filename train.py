@@ -257,6 +257,8 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         if (self.path / "ckpt.pt").exists():
             self.compare(job)
+        else:  # what a run logged that was cut off before its first checkpoint
+            (self.path / "log.jsonl").unlink(missing_ok=True)
         self.write_json("config.json", {**asdict(job.settings), "model_args": model_args(job.model_config)})
 
     def is_finished(self, checkpoint: dict[str, Any], settings: Any) -> bool:
