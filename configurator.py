@@ -78,11 +78,11 @@ class LMSettings(TrainSettings):
     batch_size: int = 4  # windows per micro-batch
     block_size: int = 512  # tokens per window
     tokens_per_doc: int | None = None  # train on stretches of documents of so many tokens, the memory carried along
-    gradient_accumulation_steps: int = 8  # micro-batches per step, shared out among the processes of torchrun
+    gradient_accumulation_steps: int = 4  # micro-batches per step, shared out among the processes of torchrun
     learning_rate: float = 1e-3  # AdamW, after warmup
     min_lr: float = 1e-4  # learning rate at the end of the decay
-    max_iters: int = 600  # optimizer steps
-    warmup_iters: int = 60  # steps of linear warmup
+    max_iters: int = 1200  # optimizer steps
+    warmup_iters: int = 100  # steps of linear warmup
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None: max_iters
     decay_lr: bool = True  # cosine decay after warmup; False keeps learning_rate
     weight_decay: float = 0.1  # AdamW, on matrices only

@@ -646,10 +646,20 @@ class LMTrainer:
             self.step += 1
             if self.step % s.log_interval == 0 or self.step == first_step + 1:
                 self.log_losses()
+            if self.step == first_step + 1:
+                self.warn_if_slow()
             if received := stop.agreed(self.world):
                 self.checkpoint()
                 self.world.say(f"stopped at step {self.step}; the same command goes on from here")
                 return received
+
+    def warn_if_slow(self) -> None:
+        """Say, after the first step, how long a large model takes on a CPU."""
+        if self.world.device.type == "cpu" and self.seconds_left > SLOW_RUN_SECONDS:
+            self.world.say(
+                f"on this CPU the run takes about {duration(self.seconds_left)}; with config/laptop.py on top, a model "
+                "four times narrower trains in minutes"
+            )
 
     def lap(self) -> float:
         """Seconds since the last call."""
@@ -681,11 +691,7 @@ class LMTrainer:
         )
         if self.world.is_main:
             self.folder.log({"step": self.step, "losses": losses, "lr": lr, "tokens_per_s": speed})
-        if len(losses) == 1 and self.world.device.type == "cpu" and left > SLOW_RUN_SECONDS:
-            self.world.say(
-                f"on this CPU the run takes about {duration(left)}; with config/laptop.py on top, a model four times "
-                "narrower trains in minutes"
-            )
+        self.seconds_left = left
 
     def evaluate(self) -> None:
         """Validate, log and save, in this order: a checkpoint is never ahead of what was logged."""
