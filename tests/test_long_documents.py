@@ -215,6 +215,14 @@ def test_ppl_per_window_equals_a_loop_over_the_documents(name: str, data_dir: Pa
         assert all(abs(a / b - 1) > 1e-2 for a, b in zip(reset[1:], carried[1:], strict=True))
 
 
+def test_a_document_that_just_fills_two_windows_is_long(data_dir: Path) -> None:
+    data = load_tokens(data_dir / "own", "val")
+    lengths = [len(document) - 1 for document in split_documents(data)]
+    longest = max(length for length in lengths if length % 2 == 0)
+    documents = evaluation.long_documents(data, longest // 2)
+    assert len(documents) == sum(length >= longest for length in lengths)
+
+
 def test_a_memory_that_is_not_read_makes_no_difference(data_dir: Path) -> None:
     model = make_model("infini")
     torch.nn.init.zeros_(model.layers[0].attention.W_O.weight)
