@@ -315,6 +315,11 @@ def format_rank(rank: float, width: int) -> str:
     return f"{rank:.1f}/{width} = {rank / width:.1%}"
 
 
+def format_bytes(count: float) -> str:
+    """Whole bytes, but where a cache of constant size is shared by many tokens."""
+    return f"{count:,.0f}" if count >= 10 else f"{count:.2f}"
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -337,8 +342,8 @@ def format_summary(results: dict[str, Any]) -> str:
         ["reversal gap (0 is best)", f"{results['reversal_gap']:.1f}"],
         ["  of the answers alone, ratio", f"{results['reversal_answer_ratio']:.3f}"],
         *long_rows(results),
-        ["cache bytes per token", f"{results['cache_bytes_per_token'][tokens]:,.0f}"],
-        ["  of the baseline", f"{results['baseline_cache_bytes_per_token'][tokens]:,.0f}"],
+        ["cache bytes per token", format_bytes(results["cache_bytes_per_token"][tokens])],
+        ["  of the baseline", format_bytes(results["baseline_cache_bytes_per_token"][tokens])],
         [f"cache saved, {int(tokens):,} tokens", f"{results['cache_saved'][tokens]:.1%}"],
         ["parameters", f"{results['parameters']:,}"],
         ["checkpoint", results["checkpoint"]],
@@ -361,7 +366,7 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header ->
     "backward": ("reversal_backward_ppl", lambda r: f"{r['reversal_backward_ppl']:.1f}"),
     "ratio": ("reversal_ratio", lambda r: f"{r['reversal_ratio']:.3f}"),
     "answers' ratio": ("reversal_answer_ratio", lambda r: f"{r['reversal_answer_ratio']:.3f}"),
-    "cache B/token": ("cache_bytes_per_token", lambda r: f"{r['cache_bytes_per_token']['2048']:,.0f}"),
+    "cache B/token": ("cache_bytes_per_token", lambda r: format_bytes(r["cache_bytes_per_token"]["2048"])),
     "saved": ("cache_saved", lambda r: f"{r['cache_saved']['2048']:.1%}"),
     "parameters": ("parameters", lambda r: f"{r['parameters']:,}"),
     "tokens seen": ("tokens_seen", lambda r: f"{r['tokens_seen']:,}"),
