@@ -336,12 +336,16 @@ def git_commit() -> str:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask the run to save and stop after the step it is in."""
+    """Within it, SIGINT and SIGTERM ask the run to save and stop after the step it is in."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "StopRequest":
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -629,9 +633,9 @@ class LMTrainer:
 
     # -- the loop
 
-    def train(self) -> int:
+    def train(self, stop: StopRequest) -> int:
         """Train to the end, or to a signal; returns the signal, 0 if there was none."""
-        stop, first_step, s = StopRequest(), self.step, self.settings
+        first_step, s = self.step, self.settings
         self.lap()
         while True:
             is_due = self.step % s.eval_interval == 0 or self.step == s.max_iters
@@ -871,7 +875,8 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
         world.say(f"step {trainer.step} | val loss {trainer.validate():.4f}")
         return 0
     trainer.announce()
-    received = trainer.train()
+    with StopRequest() as stop:
+        received = trainer.train(stop)
     if not received and world.is_main:
         trainer.finish()
     return received
@@ -926,9 +931,8 @@ class Phase1Trainer:
         end = number * split + (split or len(tokens))
         return torch.from_numpy(tokens[number * split : end][: s.num_tokens].astype(np.int64))
 
-    def train(self) -> int:
+    def train(self, stop: StopRequest) -> int:
         """Train the blocks that are not yet trained, one after the other; returns the signal that stopped it, or 0."""
-        stop = StopRequest()
         for number in range(len(self.reports), len(self.model.context_blocks)):
             if received := self.train_block(number, stop):
                 self.world.say(f"stopped at iteration {self.iteration}; the same command goes on from here")
@@ -1077,7 +1081,8 @@ def train_context_blocks(job: Job, folder: RunFolder, world: World) -> int:
         world.say(f"{folder.path} is finished, {checkpoint['iter_num']} iterations; --overwrite=True trains it again")
         return 0
     trainer.build(checkpoint)
-    received = trainer.train()
+    with StopRequest() as stop:
+        received = trainer.train(stop)
     if not received:
         trainer.finish()
     return received
