@@ -242,22 +242,26 @@ class RunFolder:
         if world.is_main and not getattr(job.settings, "eval_only", False):
             self.open(job)
         world.barrier()  # nobody reads the folder before it is claimed
-        if (self.path / "ckpt.pt").exists():
+        if (self.path / "ckpt.pt").exists() and not job.settings.overwrite:
             return read_checkpoint(self.path)
         if job.settings.init_from == "resume":
             raise InputError(f"init_from='resume': {self.path} holds no checkpoint")
         return None
 
     def open(self, job: Job) -> None:
-        """Make the folder, lock it, refuse another run's, and write this run's settings."""
+        """Make the folder, lock it, refuse another run's."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.take_lock()
-        if job.settings.overwrite:
-            for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json"):
-                (self.path / name).unlink(missing_ok=True)
-        if (self.path / "ckpt.pt").exists():
+        if (self.path / "ckpt.pt").exists() and not job.settings.overwrite:
             self.compare(job)
-        else:  # what a run logged that was cut off before its first checkpoint
+
+    def begin(self, job: Job, goes_on_from: int | None) -> None:
+        """Write the settings; a new run takes the place of what is there, one that goes on drops what it does again."""
+        if goes_on_from is not None:
+            self.trim_log(goes_on_from)
+        else:
+            for name in ("ckpt.pt", "best.pt", "summary.json") if job.settings.overwrite else ():
+                (self.path / name).unlink(missing_ok=True)
             (self.path / "log.jsonl").unlink(missing_ok=True)
         self.write_json("config.json", {**asdict(job.settings), "model_args": model_args(job.model_config)})
 
@@ -574,8 +578,6 @@ class LMTrainer:
         world.say(f"{s.max_iters} steps of {self.windows_per_step * s.block_size:,} tokens")
         if self.resumed:
             world.say(f"going on from step {self.step}")
-            if world.is_main:
-                self.folder.trim_log(self.step)
 
     # -- a step, an evaluation
 
@@ -875,6 +877,8 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
         world.say(f"step {trainer.step} | val loss {trainer.validate():.4f}")
         return 0
     trainer.announce()
+    if world.is_main:
+        folder.begin(trainer.job, trainer.step if trainer.resumed else None)
     with StopRequest() as stop:
         received = trainer.train(stop)
     if not received and world.is_main:
@@ -922,7 +926,6 @@ class Phase1Trainer:
             self.lineage = Lineage(checkpoint["parents"], checkpoint["earlier_tokens"])
             self.reports, self.resumed_block = checkpoint["reports"], checkpoint["block"]
             self.step, self.train_seconds = checkpoint["iter_num"], checkpoint["train_seconds"]
-            self.folder.trim_log(self.step)
 
     def part(self, number: int) -> Tensor:
         """The training tokens of a block, (N,) int64 on the CPU."""
@@ -1081,6 +1084,7 @@ def train_context_blocks(job: Job, folder: RunFolder, world: World) -> int:
         world.say(f"{folder.path} is finished, {checkpoint['iter_num']} iterations; --overwrite=True trains it again")
         return 0
     trainer.build(checkpoint)
+    folder.begin(trainer.job, None if checkpoint is None else trainer.step)
     with StopRequest() as stop:
         received = trainer.train(stop)
     if not received:

@@ -204,6 +204,18 @@ def test_another_run_s_folder_is_refused_and_left_alone(
         assert torch.equal(tensor, weights(tmp_path / "run")[name])
 
 
+def test_a_run_is_not_given_up_before_the_one_that_replaces_it_can_start(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(monkeypatch, *arguments)
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    with pytest.raises(InputError, match="holds neither a checkpoint"):
+        run_training(monkeypatch, *arguments, "--overwrite=True", f"--init_from={tmp_path}")
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    run_training(monkeypatch, *arguments, "--overwrite=True", "--max_iters=4")
+    assert len(losses(tmp_path / "run")) == 4
+
+
 def test_resuming_needs_a_checkpoint(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="holds no checkpoint"):
         run_training(monkeypatch, *arguments, "--init_from=resume")
