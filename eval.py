@@ -83,7 +83,7 @@ def evaluate_val(
     """Loss, PPL, accuracy and position-wise PPL over all of a token file, each token counted once."""
     windows = eval_windows(len(tokens), block_size)
     loss, right, count = (np.zeros(block_size) for _ in range(3))  # per position of the window
-    progress = tqdm(total=len(tokens) - 1, desc="validation", unit=" tokens", unit_scale=True, leave=False, mininterval=1)
+    progress = tqdm(desc="validation", total=len(tokens) - 1, unit="tok", unit_scale=True, leave=False, mininterval=1)
     for idx, targets in window_batches(tokens, windows, batch_size, device):
         losses, correct = score_tokens(model.hidden_states(idx), model.head_weight, targets)
         T = idx.size(1)
