@@ -12,8 +12,11 @@ export MALLOC_TRIM_THRESHOLD_ = 4294967296
 run: .venv/installed
 	$(BIN)/python prep.py
 	$(BIN)/python train.py config/mla_kv128.py config/laptop.py
-	$(BIN)/python eval.py out/mla_kv128-laptop
+	$(MAKE) out/compare/results.json
 	$(BIN)/python sample.py out/mla_kv128-laptop --prompt="The history of"
+
+out/compare/results.json: out/mla_kv128-laptop/summary.json
+	$(BIN)/python eval.py out/mla_kv128-laptop
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

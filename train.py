@@ -870,6 +870,7 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
     trainer = pick_trainer(job.settings)(job, folder, world)
     checkpoint = folder.claim(trainer.job, world)
     if checkpoint is not None and folder.is_finished(checkpoint, job.settings):
+        world.say(format_summary(json.loads((folder.path / "summary.json").read_text())))
         world.say(f"{folder.path} is finished, {checkpoint['iter_num']} steps; --overwrite=True trains it again")
         return 0
     trainer.build(checkpoint)
