@@ -293,9 +293,13 @@ class RunFolder:
             )
 
     def save(self, checkpoint: dict[str, Any], *names: str) -> None:
+        """Write a checkpoint under each of the names. Raises OSError if the disk is full."""
         for name in names:
-            with self.replacing(name) as file:
-                torch.save(checkpoint, file)
+            try:
+                with self.replacing(name) as file:
+                    torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's writer stumbles over a failed write once more
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         with self.replacing(name) as file:
