@@ -30,7 +30,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pythia_base import Cache, PythiaConfig, PythiaModel, merge_heads, require_positive, split_heads
+from pythia_base import (
+    Cache,
+    PythiaConfig,
+    PythiaModel,
+    bias_free_attention,
+    merge_heads,
+    require_positive,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -277,22 +285,5 @@ class InfiniPythiaModel(PythiaModel):
         return super().hidden_states(idx, cache if memory is None else memory)
 
     def convert(self, source: PythiaModel) -> dict[str, Tensor]:
-        """Layer 0's projections are the baseline's; phi takes the place of RoPE and softmax.
-
-        The baseline's weights sum to 1, so that its value and output biases add W_O b_V + b_O whatever is attended to:
-        that moves into the bias of the parallel MLP. Biases of queries and keys have no place here and are dropped.
-        """
-        weights, theirs, mlp_bias = source.state_dict(), "layers.0.attention", "layers.0.mlp.dense_4h_to_h.bias"
-        if f"{theirs}.query_key_value.weight" not in weights:
-            return {}  # not the baseline's attention
-        heads = (self.config.num_heads, 3, -1)
-        W_Q, W_K, W_V = weights[f"{theirs}.query_key_value.weight"].unflatten(0, heads).unbind(1)  # (H, D, C)
-        b_V = weights[f"{theirs}.query_key_value.bias"].unflatten(0, heads)[:, 2].flatten()
-        W_O, b_O = weights[f"{theirs}.dense.weight"], weights[f"{theirs}.dense.bias"]
-        return {
-            f"{theirs}.W_Q.weight": W_Q.flatten(0, 1),
-            f"{theirs}.W_K.weight": W_K.flatten(0, 1),
-            f"{theirs}.W_V.weight": W_V.flatten(0, 1),
-            f"{theirs}.W_O.weight": W_O,
-            mlp_bias: weights[mlp_bias] + b_O + W_O @ b_V,
-        }
+        """Layer 0's projections are the baseline's; phi takes the place of RoPE and softmax."""
+        return bias_free_attention(source, 0)

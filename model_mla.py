@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pythia_base import PythiaConfig, PythiaModel, merge_heads, require_positive, split_heads
+from pythia_base import PythiaConfig, PythiaModel, bias_free_attention, merge_heads, require_positive, split_heads
 
 
 @dataclass(frozen=True)
@@ -156,26 +156,16 @@ class MLAPythiaModel(PythiaModel):
         """Keys and values of a baseline -> latents: truncated SVD of the stacked weights (TransMLA, arXiv 2502.07864).
 
         [W_K; W_V] = U S V^T  ~  [W_UK; W_UV] W_DKV,   [W_UK; W_UV] = U sqrt(S), W_DKV = sqrt(S) V^T, L columns of each.
-        What the attention adds whatever it attends to (its own bias, and the value bias, since weights sum to 1) moves
-        into the bias of the parallel MLP. Biases of queries and keys have no place here and are dropped.
+        The rest is bias_free_attention's.
         """
-        weights, H, L = source.state_dict(), self.config.num_heads, self.config.kv_dim
-        converted: dict[str, Tensor] = {}
-        for i in range(self.config.num_layers):
-            if f"layers.{i}.attention.query_key_value.weight" not in weights:
-                continue  # not the baseline's attention
-            theirs, mlp_bias = f"layers.{i}.attention", f"layers.{i}.mlp.dense_4h_to_h.bias"
-            W_Q, W_K, W_V = weights[f"{theirs}.query_key_value.weight"].unflatten(0, (H, 3, -1)).unbind(1)  # (H, D, C)
-            b_V = weights[f"{theirs}.query_key_value.bias"].unflatten(0, (H, 3, -1))[:, 2].flatten()
-            W_O, b_O = weights[f"{theirs}.dense.weight"], weights[f"{theirs}.dense.bias"]
-            U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).flatten(0, 1).double(), full_matrices=False)
-            W_UK, W_UV = (U[:, :L] * S[:L].sqrt()).float().chunk(2)  # (C, L) each
-            converted |= {
-                f"{theirs}.W_Q.weight": W_Q.flatten(0, 1),
-                f"{theirs}.W_DKV.weight": (S[:L].sqrt()[:, None] * Vt[:L]).float(),
-                f"{theirs}.W_UK.weight": W_UK,
-                f"{theirs}.W_UV.weight": W_UV,
-                f"{theirs}.W_O.weight": W_O,
-                mlp_bias: weights[mlp_bias] + b_O + W_O @ b_V,
-            }
+        L, converted = self.config.kv_dim, dict[str, Tensor]()
+        for layer in range(self.config.num_layers):
+            if theirs := bias_free_attention(source, layer):
+                prefix = f"layers.{layer}.attention"
+                W_K, W_V = theirs.pop(f"{prefix}.W_K.weight"), theirs.pop(f"{prefix}.W_V.weight")  # (C, C) each
+                U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).double(), full_matrices=False)
+                W_UK, W_UV = (U[:, :L] * S[:L].sqrt()).float().chunk(2)  # (C, L) each
+                W_DKV = (S[:L].sqrt()[:, None] * Vt[:L]).float()
+                latent = {"W_DKV": W_DKV, "W_UK": W_UK, "W_UV": W_UV}
+                converted |= theirs | {f"{prefix}.{name}.weight": weight for name, weight in latent.items()}
         return converted

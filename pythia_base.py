@@ -438,6 +438,30 @@ def take_over(model: nn.Module, source: nn.Module, converted: dict[str, Tensor])
     return {k: "copied" if k in copied else "converted" if k in converted else "new" for k in mine}
 
 
+def bias_free_attention(source: PythiaModel, layer: int) -> dict[str, Tensor]:
+    """A baseline's attention for a variant without biases: W_Q, W_K, W_V, W_O (C, C) under the names of their tensors.
+
+    Softmax's weights sum to 1, so that the value and output biases add W_O b_V + b_O whatever is attended to: that
+    moves into the bias of the parallel MLP. Biases of queries and keys have no place there and are dropped. Empty if
+    the source's layer is not the baseline's.
+    """
+    weights, theirs = source.state_dict(), f"layers.{layer}.attention"
+    mlp_bias = f"layers.{layer}.mlp.dense_4h_to_h.bias"
+    if f"{theirs}.query_key_value.weight" not in weights:
+        return {}
+    heads = (source.config.num_heads, 3, -1)
+    W_Q, W_K, W_V = weights[f"{theirs}.query_key_value.weight"].unflatten(0, heads).unbind(1)  # (H, D, C) each
+    b_V = weights[f"{theirs}.query_key_value.bias"].unflatten(0, heads)[:, 2].flatten()
+    W_O, b_O = weights[f"{theirs}.dense.weight"], weights[f"{theirs}.dense.bias"]
+    return {
+        f"{theirs}.W_Q.weight": W_Q.flatten(0, 1),
+        f"{theirs}.W_K.weight": W_K.flatten(0, 1),
+        f"{theirs}.W_V.weight": W_V.flatten(0, 1),
+        f"{theirs}.W_O.weight": W_O,
+        mlp_bias: weights[mlp_bias] + b_O + W_O @ b_V,
+    }
+
+
 # ------------------------------------------------------------------------------------------- generation, optimizer
 
 
