@@ -409,8 +409,10 @@ def open_runs(sources: list[str], allow_untrained: bool) -> list[tuple[str, Any,
     runs = []
     for source in sources:
         model, checkpoint = load_source(source)
-        if checkpoint is not None and checkpoint["iter_num"] == 0 and not allow_untrained:
-            raise InputError(f"{source} was never trained; --allow_untrained scores it all the same")
+        # a run of phase 1 trains no head
+        untrained = checkpoint and (checkpoint["iter_num"] == 0 or checkpoint["config"]["phase"] == "phase1")
+        if untrained and not allow_untrained:
+            raise InputError(f"{source} was never trained on text; --allow_untrained scores it all the same")
         runs.append((source, model, checkpoint or {}))
     return runs
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import eval as evaluation
 import train
 from configurator import InputError
 from model_context import oacd_iteration
@@ -81,6 +82,15 @@ def test_phase_2_trains_all_but_what_the_contexts_depend_on(
     assert checkpoint(tmp_path / "two")["parents"] == [str(tmp_path / "one")]
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert {"val_ppl", "reversal_ratio", "cache_bytes_per_token"} <= set(summary)
+
+
+def test_a_run_of_phase_1_is_not_scored_as_a_language_model(
+    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
+    with pytest.raises(InputError, match="was never trained on text"):
+        evaluation.open_runs([str(tmp_path / "one")], allow_untrained=False)
+    assert len(evaluation.open_runs([str(tmp_path / "one")], allow_untrained=True)) == 1
 
 
 def test_phase_2_reads_the_exact_contexts_of_its_windows(
