@@ -16,11 +16,11 @@ from torch import Tensor
 
 import model_cascade
 import train
-from configurator import InputError, baseline_config, load_source, model_args
+from configurator import InputError, PrepSettings, baseline_config, load_source, model_args
 from eval import evaluate_cache
 from model_cascade import CascadeConfig, CascadeContextLLM, read_gpt2_table
 from model_context import effective_rank
-from prep import load_tokens
+from prep import context_cache, load_tokens
 from pythia_base import PythiaConfig, PythiaModel
 
 ROOT = Path(__file__).parents[1]
@@ -328,7 +328,8 @@ def test_the_chain_of_both_phases(
     assert "validation accuracy" in capsys.readouterr().out
 
     data = load_tokens(data_dir / "own", "train")
-    cached = np.fromfile(next(data.path.parent.glob("contexts_*_train.bin")), dtype=np.float32).reshape(-1, 16)
+    cached = context_cache(second, data, PrepSettings(init_from=str(phase1))).contexts
+    assert "reading" in capsys.readouterr().out, "phase 2 has made them"
     ids = torch.from_numpy(data.tokens[:300].astype(np.int64))[None]
     assert len(cached) == len(data.tokens)
     exact = second.recurrences(ids, None)[0]
