@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from configurator import BenchSettings, InputError, build_model, load_source, parse_settings, pick_device, run
-from eval import format_table
 from model_context import ContextBlock, ContextPythiaConfig
 from prep import exact_contexts, load_tokens
+from report import format_table
 
 PLAIN_SHARE = 50  # the plain form takes this much less of the same work
 DISPLAYED = ("min", "median", "max")

@@ -46,11 +46,12 @@ from configurator import (
     read_checkpoint,
     run,
 )
-from eval import TASKS, document_bounds, evaluate_model, format_rank, format_summary, format_table, safe_exp
+from eval import TASKS, document_bounds, evaluate_model, safe_exp
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import TokenFile, context_cache, exact_contexts, load_tokens, prepare
 from pythia_base import make_optimizer
+from report import format_rank, format_summary, format_table
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
 NOT_COMPARED = ("out_dir", "overwrite", "device")  # settings that may differ when a run goes on

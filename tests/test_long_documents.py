@@ -19,6 +19,7 @@ import eval as evaluation
 import train
 from configurator import MODELS, InputError, build_model, read_checkpoint, rebuild_model
 from prep import TokenFile, load_tokens
+from report import format_comparison
 
 BLOCK, STRETCH = 32, 128
 CPU = torch.device("cpu")
@@ -243,7 +244,7 @@ def test_the_figures_reach_summary_and_comparison(
     run_training(monkeypatch, *arguments, "--max_iters=1")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert re.search(rf"PPL after window 1 +{summary['long_ppl']['after 1']:.1f}\n", capsys.readouterr().out)
-    table = evaluation.format_comparison([{"run": "out/it", **summary}])
+    table = format_comparison([{"run": "out/it", **summary}])
     last = [line.split("  ") for line in table.splitlines()[-4:]]
     assert [row[0] or row[1] for row in last] == ["out/it", "memory reset before each window", "documents", "tokens"]
     assert [row[-1] for row in last[:2]] == [f"{summary[key]['after 1']:.1f}" for key in ("long_ppl", "long_ppl_reset")]
