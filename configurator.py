@@ -184,7 +184,7 @@ class EvalSettings:
     dataset: str | None = None  # score on this dataset; None: the one that the first run was trained on
     block_size: int | None = None  # tokens per window; None: the smallest that the runs were trained with
     batch_size: int = 8  # windows at a time
-    out_dir: str = "out/compare"  # where results.json goes
+    out_dir: str = "out/compare"  # where report.md, its pictures and results.json go
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
     allow_untrained: bool = False  # score a model that was never trained
 

@@ -3,12 +3,11 @@
     python eval.py out/pythia-laptop out/mla_kv128-laptop
 
 A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id. Every model is rebuilt from its
-checkpoint and scored in float32, from an empty state at the start of each window. The table is printed and written to
-results.json in out_dir. train.py ends every run with the same functions.
+checkpoint and scored in float32, from an empty state at the start of each window. The table is printed; out_dir gets
+report.md with pictures and results.json. train.py ends every run with the same functions.
 """
 
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from configurator import (
 )
 from prep import ReversalPair, TokenFile, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
 from pythia_base import score_tokens
-from report import AFTER_FIRST, format_comparison
+from report import AFTER_FIRST, format_comparison, write_report
 
 TASKS = ("val", "reversal", "long", "cache")
 CACHE_LENGTHS = (256, 2048, 8192)  # tokens at which caches are compared
@@ -361,18 +360,18 @@ def main() -> None:
     results = []
     for source, model, checkpoint in runs:
         print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
-        about: dict[str, Any] = {}
+        file = Path(source, "ckpt.pt")
+        about: dict[str, Any] = {"checkpoint": str(file if file.is_file() else source)}
         if checkpoint:
-            about = {name: checkpoint[name] for name in ("tokens_seen", "parents", "commit", "data")}
+            about |= {name: checkpoint[name] for name in ("tokens_seen", "parents", "commit", "data")}
             about |= {"steps": checkpoint["iter_num"], "seed": checkpoint["config"]["seed"]}
+            about["settings"] = {**checkpoint["config"], "model_args": checkpoint["model_args"]}
         scores = evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device)
         results.append({"run": source, "model": type(model).__name__, **about, **scores})
     out_dir = Path(settings.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    report = {"block_size": block_size, "data": str(folder), "runs": results}
-    (out_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report({"block_size": block_size, "data": str(folder), "runs": results}, out_dir)
     print(format_comparison(results))
-    print(f"\nwritten to {out_dir / 'results.json'}")
+    print(f"\nwritten to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")
 
 
 if __name__ == "__main__":

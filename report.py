@@ -1,10 +1,118 @@
-"""What eval.py measured, as tables."""
+"""What eval.py measured, as tables, and as a report with pictures.
 
+results.json holds block_size and data (what all runs were scored on, in windows of how many tokens), warnings, and in
+runs an object for each run:
+
+    run, model, checkpoint, weights_sha256      which weights: as named to eval.py, class, file, digest of all tensors
+    settings                                    of train.py, seed among them, and in model_args the model's
+    tokens_seen, steps, seed, commit, data      what it was trained on; data: tokenizer and digests of the token files
+    parents                                     the runs that it started from; tokens_seen counts theirs too
+    parameters, trainable_, embedding_          their numbers
+    val_loss, val_ppl, val_accuracy, val_tokens, ppl_meaning
+    position_ppl                                PPL per range of positions in the window
+    reversal_...                                see eval.evaluate_reversal_curse
+    long_ppl, long_ppl_reset                    PPL per window of long documents, memory carried and memory reset
+    long_documents, long_tokens                 on how much text
+    cache_bytes, cache_bytes_per_token          of init_cache for one row, by length in tokens
+    baseline_cache_bytes_per_token, cache_saved the same of Pythia of these widths; 1 - ours / theirs
+    wikitext_..., lambada_..., pile_...         see eval.evaluate_benchmarks; not_measured: task -> why not
+    decode_tokens_per_s, prefill_tokens_per_s   by length in tokens
+    overlap                                     how many documents of each evaluation text stand in the training text
+
+Losses are nats per token, bytes those of float32.
+"""
+
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
 SHOWN_LENGTH = "2048"  # tokens at which the tables show caches
+SAME_CONFIG = ("seed", "out_dir", "overwrite", "device", "data_dir")  # settings in which runs of one config may differ
+
+
+# ------------------------------------------------------------------------------------------- one config, its seeds
+
+
+@dataclass(frozen=True)
+class Config:
+    """The runs of one config, which differ in their seed alone."""
+
+    name: str  # of the first run's folder
+    runs: list[dict[str, Any]]
+
+    @property
+    def family(self) -> str:
+        """The architecture, a name from configurator.MODELS."""
+        return self.runs[0].get("settings", {}).get("model", "pythia")  # Hugging Face weights are GPT-NeoX
+
+    @property
+    def mean(self) -> dict[str, Any]:
+        """A run's figures, each the mean over the seeds."""
+        return combine(self.runs, lambda values: float(np.mean(values)))
+
+    @property
+    def deviation(self) -> dict[str, Any]:
+        """Likewise the sample standard deviation; there are two seeds or more."""
+        return combine(self.runs, lambda values: float(np.std(values, ddof=1)))
+
+    def show(self, key: str, text: Callable[[dict[str, Any]], str]) -> str:
+        """A figure as a table has it: -, mean, or mean ± standard deviation."""
+        if not all(key in run for run in self.runs):
+            return "-"
+        shown = text(self.mean)
+        if len(self.runs) > 1 and len({text(run) for run in self.runs}) > 1:
+            shown += f" ± {text(self.deviation)}"
+        return shown
+
+
+def combine(values: list[Any], statistic: Callable[[list[float]], float]) -> Any:
+    """A statistic of each number in objects of one form; of what is no number, the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {k: combine([v[k] for v in values], statistic) for k in first if all(k in v for v in values)}
+    return statistic(values) if isinstance(first, int | float) else first
+
+
+def group_runs(runs: list[dict[str, Any]]) -> list[Config]:
+    """Runs with the same settings but for the seed, and what follows from it, are of one config."""
+    names = [Path(run["run"]).name or run["run"] for run in runs]
+    shared = names[0][names[0].rfind("-") :] if "-" in names[0] else ""  # such as -laptop
+    if len(runs) > 1 and shared and all(name.endswith(shared) for name in names):
+        names = [name.removesuffix(shared) for name in names]
+    groups: dict[str, Config] = {}
+    for name, run in zip(names, runs, strict=True):
+        key = config_key(run)
+        while key in groups and run.get("seed") in [other.get("seed") for other in groups[key].runs]:
+            key += "+"  # another checkpoint of the same run is no further seed
+        groups.setdefault(key, Config(name, [])).runs.append(run)
+    return list(groups.values())
+
+
+def config_key(run: dict[str, Any]) -> str:
+    """What runs of one config have in common; what they started from may be named after their seed."""
+    if "settings" not in run:
+        return run["run"]
+    kept = {k: v for k, v in run["settings"].items() if k not in SAME_CONFIG}
+    for key in ("init_from", "embeddings"):
+        if key in kept:
+            kept[key] = kept[key].removesuffix(f"-{run['seed']}")
+    return json.dumps([kept, run["tokens_seen"]], sort_keys=True)
+
+
+def learning_curve(run: dict[str, Any]) -> dict[str, float]:
+    """Validation PPL in the course of training by tokens seen, from the run's log; empty where there is none."""
+    log = Path(run["checkpoint"]).parent / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    points = {str(line["tokens_seen"]): float(np.exp(line["val_loss"])) for line in lines if "val_loss" in line}
+    return dict(list(points.items())[1:])  # the first is the untrained model's, or that of what it started from
+
+
+# ------------------------------------------------------------------------------------------------------ tables
 
 
 def format_rank(rank: float, width: int) -> str:
@@ -22,6 +130,12 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     sides = ["<", *[">"] * (len(widths) - 1)]
     layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
     return "\n".join(layout.format(*row) for row in [header, ["-" * width for width in widths], *rows])
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """The same for a page."""
+    sides = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, sides, *rows])
 
 
 def format_summary(results: dict[str, Any]) -> str:
@@ -63,34 +177,149 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header ->
     "answers' ratio": ("reversal_answer_ratio", lambda r: f"{r['reversal_answer_ratio']:.3f}"),
     "cache B/token": ("cache_bytes_per_token", lambda r: format_bytes(r["cache_bytes_per_token"]["2048"])),
     "saved": ("cache_saved", lambda r: f"{r['cache_saved'][SHOWN_LENGTH]:.1%}"),
-    "parameters": ("parameters", lambda r: f"{r['parameters']:,}"),
-    "tokens seen": ("tokens_seen", lambda r: f"{r['tokens_seen']:,}"),
+    "parameters": ("parameters", lambda r: f"{r['parameters']:,.0f}"),
+    "tokens seen": ("tokens_seen", lambda r: f"{r['tokens_seen']:,.0f}"),
 }
 
 
-def format_comparison(results: list[dict[str, Any]]) -> str:
-    """A row per run, a column per metric that any of them has; below it PPL by position, and what the PPL means."""
-    shown = {header: show for header, (key, show) in COLUMNS.items() if any(key in r for r in results)}
-    rows = [[r["run"], *(show(r) if COLUMNS[h][0] in r else "-" for h, show in shown.items())] for r in results]
-    text = format_table(["run", *shown], rows)
-    if all("position_ppl" in r for r in results):
-        ranges = list(results[0]["position_ppl"])
-        rows = [[r["run"], *(f"{r['position_ppl'][where]:.1f}" for where in ranges)] for r in results]
-        text += "\n\n" + format_table(["PPL at positions", *ranges], rows)
-        meanings = [f"{r['run']}: PPL {r['val_ppl']:.1f} is {r['ppl_meaning']}" for r in results if "steps" in r]
-        text += "\n\n" + "\n".join(meanings)
-        text += "\n(what a PPL means presumes a subword vocabulary of about 50,000)"
-    if scored := [r for r in results if "long_ppl" in r]:
-        text += "\n\n" + format_long(scored)
-    return text
+Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
-def format_long(results: list[dict[str, Any]]) -> str:
+def comparison_table(configs: list[Config]) -> Table:
+    """A row per config, a column per metric that any of them has."""
+    shown = {h: column for h, column in COLUMNS.items() if any(column[0] in run for c in configs for run in c.runs)}
+    seeds = max(len(c.runs) for c in configs) > 1
+    header = ["run", *(["seeds"] if seeds else []), *shown]
+    return header, [
+        [c.name, *([str(len(c.runs))] if seeds else []), *(c.show(key, text) for key, text in shown.values())]
+        for c in configs
+    ]
+
+
+def position_table(configs: list[Config]) -> Table:
+    """PPL by position in the window."""
+    scored = [c for c in configs if "position_ppl" in c.mean]
+    ranges = list(dict.fromkeys(where for c in scored for where in c.mean["position_ppl"]))
+    return ["PPL at positions", *ranges], [
+        [c.name, *(show_ppl(c, "position_ppl", where) for where in ranges)] for c in scored
+    ]
+
+
+def long_table(configs: list[Config]) -> Table:
     """PPL per window of long documents, and how much text stands behind each figure."""
-    first, rows = results[0], []
-    for r in results:
-        names = {"long_ppl": r["run"], "long_ppl_reset": "  memory reset before each window"}
-        rows += [[name, *(f"{ppl:.1f}" for ppl in r[key].values())] for key, name in names.items() if key in r]
-    names = {"long_documents": "documents", "long_tokens": "tokens"}
-    rows += [[name, *(f"{number:,.0f}" for number in first[key].values())] for key, name in names.items()]
-    return format_table(["long documents, PPL in window", *first["long_ppl"]], rows)
+    scored = [c for c in configs if "long_ppl" in c.mean]
+    windows = list(scored[0].mean["long_ppl"]) if scored else []
+    rows = []
+    for c in scored:
+        names = {"long_ppl": c.name, "long_ppl_reset": "  memory reset before each window"}
+        rows += [[name, *(show_ppl(c, key, w) for w in windows)] for key, name in names.items() if key in c.mean]
+    for key, name in {"long_documents": "documents", "long_tokens": "tokens"}.items() if scored else ():
+        rows.append([name, *(f"{scored[0].mean[key][w]:,.0f}" for w in windows)])
+    return ["long documents, PPL in window", *windows], rows
+
+
+def show_ppl(config: Config, key: str, where: str) -> str:
+    return config.show(key, lambda r: f"{r[key][where]:.1f}" if where in r[key] else "-")
+
+
+def training_table(runs: list[dict[str, Any]]) -> Table:
+    """What each run was trained on, and which checkpoint was scored."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "run": lambda r: r["run"],
+        "tokens seen": lambda r: f"{r['tokens_seen']:,}",
+        "steps": lambda r: f"{r['steps']:,}",
+        "seed": lambda r: str(r["seed"]),
+        "commit": lambda r: r["commit"][:8] + "+" * r["commit"].endswith("+"),
+        "training data": lambda r: r["data"]["train_sha256"][:8],
+        "started from": lambda r: ", ".join(r["parents"]) or "scratch",
+        "checkpoint": lambda r: r["checkpoint"],
+        "weights, SHA-256": lambda r: r["weights_sha256"][:16],
+    }
+    return list(columns), [[known(show, run) for show in columns.values()] for run in runs]
+
+
+def known(show: Callable[[dict[str, Any]], str], run: dict[str, Any]) -> str:
+    """What is shown of a run; of Hugging Face weights it is not known what they were trained on."""
+    try:
+        return show(run)
+    except KeyError:
+        return "-"
+
+
+def overlap_table(runs: list[dict[str, Any]]) -> Table:
+    """How many documents of each evaluation text share 13 words in a row with a run's training text, or stand in it."""
+    header, rows = ["training text of", "evaluation text", "documents", "share 13 words", "stand in it whole"], []
+    for run in runs:
+        counts = run.get("overlap", {})
+        if "not_measured" in counts:
+            rows.append([run["run"], f"not measured: {counts['not_measured']}", "-", "-", "-"])
+            continue
+        for name, c in counts.items():
+            figures = (c["documents"], c["sharing_13_words"], c["in_training_text"])
+            rows.append([run["run"], name, *(f"{figure:,}" for figure in figures)])
+    return header, rows
+
+
+def ppl_meanings(configs: list[Config]) -> list[str]:
+    """What the PPL of models trained here means."""
+    trained = [c for c in configs if {"steps", "ppl_meaning"} <= c.runs[0].keys()]
+    return [f"{c.name}: PPL {c.mean['val_ppl']:.1f} is {c.runs[0]['ppl_meaning']}" for c in trained]
+
+
+def not_measured(runs: list[dict[str, Any]]) -> list[str]:
+    """What could not be measured and why; the texts are the same for all runs."""
+    return [f"{task}: not measured: {why}" for task, why in runs[0].get("not_measured", {}).items()]
+
+
+VOCABULARY_NOTE = "(what a PPL means presumes a subword vocabulary of about 50,000)"
+
+
+def format_comparison(results: list[dict[str, Any]]) -> str:
+    """The tables for a terminal."""
+    configs = group_runs(results)
+    tables = [make(configs) for make in (comparison_table, position_table, long_table)]
+    parts = [*not_measured(results), *(format_table(*table) for table in tables if table[1])]
+    if meanings := ppl_meanings(configs):
+        parts.append("\n".join([*meanings, VOCABULARY_NOTE]))
+    return "\n\n".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------- the report
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """Write results.json, report.md and the pictures into a folder."""
+    from pictures import draw_pictures  # matplotlib is slow to import, and training needs the tables alone
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    runs = [{**run, "learning_curve": learning_curve(run)} for run in results["runs"]]
+    configs = group_runs(runs)
+    (folder / "report.md").write_text(report_page(results, configs, draw_pictures(configs, folder)))
+
+
+def report_page(results: dict[str, Any], configs: list[Config], pictures: dict[str, str]) -> str:
+    """report.md, from file names and captions of the pictures."""
+    runs = results["runs"]
+    seeds = "± and bars are the sample standard deviation over seeds." if len(runs) > len(configs) else ""
+    parts = [
+        "# Comparison",
+        f"Scored on `{results['data']}` in windows of {results['block_size']} tokens, all by the same code in "
+        f"float32. Cache bytes are those of the tensors that `init_cache` allocates for {int(SHOWN_LENGTH):,} tokens. "
+        f"{seeds}",
+        *(f"**Warning: {warning}**" for warning in results.get("warnings", [])),
+        markdown_table(*comparison_table(configs)),
+        *not_measured(runs),
+        *(f"![{name}]({name})\n\n{caption}" for name, caption in pictures.items()),
+        *section("Perplexity by position", position_table(configs)),
+        *section("Long documents", long_table(configs)),
+        *section("What each run was trained on", training_table(runs)),
+        *section("Evaluation text within the training text", overlap_table(runs)),
+    ]
+    if meanings := ppl_meanings(configs):
+        parts += ["## What the perplexities mean", "\n".join(f"- {line}" for line in [*meanings, VOCABULARY_NOTE])]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def section(title: str, table: Table) -> list[str]:
+    return [f"## {title}", markdown_table(*table)] if table[1] else []

@@ -1,0 +1,98 @@
+"""The report: seeds of a config together, the best front, every figure and picture where it belongs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pictures import best_front
+from report import group_runs, write_report
+
+WINDOWS = {"1": 100.0, "2": 110.0, "after 1": 110.0}
+
+
+def make_run(name: str, model: str, val_ppl: float, bytes_per_token: float, seed: int = 1337) -> dict[str, Any]:
+    lengths = (256, 2048, 8192)
+    return {
+        "run": f"out/{name}", "model": model, "checkpoint": f"out/{name}/ckpt.pt", "weights_sha256": "ab12" * 16,
+        "settings": {"model": model, "seed": seed, "init_from": "scratch", "out_dir": name},
+        "seed": seed, "tokens_seen": 2048, "steps": 4, "parents": [], "commit": "c0ffee" * 6,
+        "data": {"train_sha256": "d1" * 32}, "parameters": 100, "val_ppl": val_ppl,
+        "ppl_meaning": "normal from scratch", "position_ppl": {"0-16": val_ppl, "16-32": val_ppl}, "long_ppl": WINDOWS,
+        "long_documents": {"1": 5, "2": 5, "after 1": 5}, "long_tokens": {"1": 50, "2": 40, "after 1": 40},
+        "cache_bytes": {str(n): n * bytes_per_token for n in lengths},
+        "cache_bytes_per_token": {str(n): bytes_per_token for n in lengths},
+    }  # fmt: skip
+
+
+def make_runs() -> list[dict[str, Any]]:
+    return [
+        make_run("pythia", "pythia", 240.0, 6144),
+        make_run("pythia-1338", "pythia", 250.0, 6144, seed=1338),
+        make_run("mla_a", "mla", 260.0, 768),
+        {**make_run("infini", "infini", 250.0, 5000), "long_ppl_reset": WINDOWS},
+        make_run("cascade", "cascade", 400.0, 900),
+    ]
+
+
+def test_seeds_of_a_config_are_one_row_and_other_checkpoints_of_a_run_are_not() -> None:
+    runs = make_runs()
+    configs = group_runs([*runs, {**runs[0], "run": "out/pythia/best.pt"}])
+    assert [(c.name, len(c.runs)) for c in configs[:2]] == [("pythia", 2), ("mla_a", 1)]
+    assert configs[-1].name == "best.pt"
+    assert configs[0].show("val_ppl", lambda r: f"{r['val_ppl']:.1f}") == "245.0 ± 7.1"
+    assert configs[1].show("val_ppl", lambda r: f"{r['val_ppl']:.1f}") == "260.0"
+    assert configs[1].show("lambada_ppl", lambda r: f"{r['lambada_ppl']:.1f}") == "-"
+
+
+@pytest.mark.parametrize("key", ["tokens_seen", "settings"])
+def test_runs_of_other_settings_or_tokens_are_other_configs(key: str) -> None:
+    first, second = make_run("a", "mla", 1.0, 1.0), make_run("a", "mla", 1.0, 1.0, seed=2)
+    assert len(group_runs([first, second])) == 1
+    second[key] = 4096 if key == "tokens_seen" else {**second["settings"], "init_from": "out/pythia"}
+    assert len(group_runs([first, second])) == 2
+
+
+def test_a_seed_may_start_from_the_run_of_its_own_seed() -> None:
+    first, second = make_run("a", "mla", 1.0, 1.0), make_run("a", "mla", 1.0, 1.0, seed=2)
+    first["settings"]["init_from"], second["settings"]["init_from"] = "out/phase1", "out/phase1-2"
+    assert len(group_runs([first, second])) == 1
+
+
+def test_nothing_on_the_best_front_is_beaten_in_both() -> None:
+    assert [c.name for c in best_front(group_runs(make_runs()))] == ["mla_a", "infini", "pythia"]
+
+
+def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> None:
+    runs = make_runs()
+    runs[4]["checkpoint"] = str(tmp_path / "ckpt.pt")
+    log = [{"step": s, "val_loss": 9.0 - s, "tokens_seen": 512 * s} for s in range(3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 1, "losses": [1]}, *log]))
+    runs[2] |= {"overlap": {"val": {"documents": 70, "sharing_13_words": 3, "in_training_text": 1}}}
+    runs[0] |= {"not_measured": {"pile": "no such file"}}
+    results = {"block_size": 512, "data": "data/own", "warnings": ["not trained on the same tokens"], "runs": runs}
+    write_report(results, tmp_path / "compare")
+    assert json.loads((tmp_path / "compare" / "results.json").read_text()) == results
+    page = (tmp_path / "compare" / "report.md").read_text()
+    for part in (
+        "| pythia | 2 | 245.0 ± 7.1 |",
+        "**Warning: not trained on the same tokens**",
+        "± and bars are the sample standard deviation over seeds",
+        "| out/pythia-1338 | 2,048 | 4 | 1338 | c0ffeec0 | d1d1d1d1 | scratch | out/pythia-1338/ckpt.pt | ab12ab12ab12",
+        "| out/mla_a | val | 70 | 3 | 1 |",
+        "pile: not measured: no such file",
+        "- cascade: PPL 400.0 is normal from scratch",
+    ):
+        assert part in page
+    for name in ("tradeoff", "cache", "positions", "training", "long"):
+        assert f"![{name}.png]({name}.png)" in page
+        assert (tmp_path / "compare" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_of_one_model_without_training_has_what_there_is(tmp_path: Path) -> None:
+    name = "EleutherAI/pythia-70m"
+    run = {"run": name, "model": "PythiaModel", "checkpoint": name, "val_ppl": 50.0}
+    write_report({"block_size": 512, "data": "data/own", "runs": [run]}, tmp_path)
+    assert "| pythia-70m | 50.0 |" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
