@@ -27,7 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSS_ROWS = 128  # rows of logits that exist at a time in loss and scores; in float32, 26 MB that malloc keeps at hand
+LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB in float32
+LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
 PREFILL_TOKENS = 512  # a long prompt goes through the cache in chunks of this many tokens
 
 
@@ -242,14 +243,21 @@ class HeadLoss(torch.autograd.Function):
         dh = torch.empty_like(h)
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total, smallest = torch.zeros((), device=h.device), torch.finfo(torch.float32).tiny
+        # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
+        logits = h.new_empty(min(len(h), LOSS_ROWS), len(weight))
+        p = torch.empty_like(logits, dtype=torch.float32)
         for i in range(0, len(h), LOSS_ROWS):
             rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
-            p = (rows @ weight.T).float().softmax(dim=-1)  # (LOSS_ROWS, V)
+            logits, p = logits[: len(rows)], p[: len(rows)]  # the last chunk may be shorter
+            p.copy_(torch.mm(rows, weight.T, out=logits))
+            torch.softmax(p, dim=-1, out=p)
             total -= (p.gather(1, y).clamp(min=smallest).log() * keep).sum()
-            grad = p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)).to(h.dtype)  # p - y
+            grad = logits.copy_(p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)))  # p - y
             torch.mul(grad @ weight, keep, out=dh[i : i + LOSS_ROWS])
             if dw is not None:
-                dw += grad.T @ (rows * keep)
+                rows = rows * keep
+                for part, columns in zip(dw.split(LOSS_COLUMNS), grad.split(LOSS_COLUMNS, dim=1), strict=True):
+                    part += columns.T @ rows
         ctx.count = kept.sum().clamp(min=1)
         ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
         return total / ctx.count
