@@ -1,19 +1,25 @@
 # make run: from nothing to a trained, measured MLA-Pythia.   make test: lint, types, tests.
+# make compare: every architecture on the same tokens, and the report; SEEDS=2 trains all twice, SIZE=full is for a GPU.
 
 PYTHON ?= python3
 BIN = .venv/bin
+SEEDS ?= 1
+SIZE ?= laptop
 
 # glibc hands large blocks back to the kernel at every step; keeping them saves a fifth of a CPU training step and more
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-.PHONY: run test
+.PHONY: run compare test
 
 run: .venv/installed
 	$(BIN)/python prep.py
 	$(BIN)/python train.py config/mla_kv128.py config/laptop.py
 	$(MAKE) out/compare/results.json
 	$(BIN)/python sample.py out/mla_kv128-laptop --prompt="The history of"
+
+compare: .venv/installed
+	$(BIN)/python compare.py --size=$(SIZE) --seeds=$(SEEDS)
 
 out/compare/results.json: out/mla_kv128-laptop/summary.json
 	$(BIN)/python eval.py out/mla_kv128-laptop

@@ -193,6 +193,18 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
+class CompareSettings:
+    """compare.py"""
+
+    size: Literal["laptop", "full"] = "laptop"  # with config/laptop.py on top, or at Pythia-70M's size
+    seeds: int = 1  # how often everything is trained, with seeds 1337, 1338, ...
+    processes: int | None = None  # trainings at a time; None: one on a GPU, else two that share the cores
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "seeds", "processes")
+
+
+@dataclass(frozen=True)
 class SampleSettings:
     """sample.py"""
 
@@ -229,7 +241,8 @@ class BenchSettings:
 
 
 PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": Phase2Settings}
-SETTINGS: tuple[type, ...] = (*PHASES.values(), PrepSettings, EvalSettings, SampleSettings, BenchSettings)
+SCRIPTS: tuple[type, ...] = (PrepSettings, EvalSettings, CompareSettings, SampleSettings, BenchSettings)
+SETTINGS: tuple[type, ...] = (*PHASES.values(), *SCRIPTS)
 WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
 
 

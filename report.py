@@ -115,6 +115,13 @@ def learning_curve(run: dict[str, Any]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ tables
 
 
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45s, 12m30s, 3h05m."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
 def format_rank(rank: float, width: int) -> str:
     return f"{rank:.1f}/{width} = {rank / width:.1%}"
 

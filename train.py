@@ -51,7 +51,7 @@ from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import TokenFile, context_cache, exact_contexts, load_tokens, prepare
 from pythia_base import make_optimizer
-from report import format_rank, format_summary, format_table
+from report import duration, format_rank, format_summary, format_table
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
 NOT_COMPARED = ("out_dir", "overwrite", "device")  # settings that may differ when a run goes on
@@ -746,13 +746,6 @@ class LMTrainer:
         self.folder.write_json("summary.json", summary)
         print(format_summary(summary))
         print(f"\nnext: python sample.py {self.folder.path}   or   python eval.py {self.folder.path}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 45s, 12m30s, 3h05m."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 class Phase2Trainer(LMTrainer):

@@ -1,0 +1,109 @@
+"""make compare: the commands, what waits for what, what a failure and an interruption leave."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compare import RECIPES, Comparison, Training, plan
+from configurator import CompareSettings, parse_train, read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+hidden_size = 16
+num_layers = 2
+num_heads = 2
+intermediate_size = 32
+context_dim = 8
+num_tokens = 500
+batch_size = 4
+max_iterations = 2
+block_size = 32
+gradient_accumulation_steps = 1
+max_iters = {max_iters}
+eval_iters = 1
+device = 'cpu'
+"""
+
+
+@pytest.fixture
+def here(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like the repository's, whose config/laptop.py is of a tiny model."""
+    for path in ROOT.glob("*.py"):
+        (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cache").symlink_to(data_dir / "cache")
+    shutil.copytree(data_dir / "own", tmp_path / "data" / "mini")
+    (tmp_path / "config" / "laptop.py").write_text(TINY.format(max_iters=4))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(configs: list[str], folder: Path) -> subprocess.Popen[str]:
+    """compare.py with only these of its recipes."""
+    code = f"import compare; compare.RECIPES = [r for r in compare.RECIPES if r.config in {configs}]; compare.main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for settings in (CompareSettings(seeds=2), CompareSettings(size="full")):
+        trainings = plan(settings)
+        assert len({t.tokens for t in trainings if t.max_iters}) == 1
+        assert len({t.folder for t in trainings}) == len(trainings) == settings.seeds * len(RECIPES)
+        for i, training in enumerate(trainings):
+            job = parse_train(list(training.words[1:]))
+            assert job.settings.dataset == "mini"
+            assert str(training.folder) == (job.settings.out_dir or f"out/{job.name}")
+            assert job.settings.seed == 1337 + (i >= len(RECIPES))
+            assert training.needs is None or training.needs in [t.folder for t in trainings[:i]]
+            if job.settings.phase == "phase2":
+                assert Path(job.settings.init_from) == training.needs
+
+
+def test_killed_in_the_middle_and_started_again_it_reports(here: Path) -> None:
+    configs = ["pythia", "phase1", "phase2"]
+    (here / "config" / "laptop.py").write_text(TINY.format(max_iters=120))
+    process = start(configs, here)
+    log = here / "out" / "pythia-laptop" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and "tokens_per_s" in log.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    steps = read_checkpoint("out/pythia-laptop")["iter_num"]
+    assert 0 < steps < 120
+    output = start(configs, here).communicate()[0]
+    assert f"going on from step {steps}" in Path("out/compare-laptop/pythia-laptop.txt").read_text()
+    assert "3 of 3 runs are to be trained, 2 at a time" in output
+    page = Path("out/compare-laptop/report.md").read_text()
+    assert "| pythia | " in page
+    assert "| phase2 | " in page
+    again = start(configs, here)
+    assert "0 of 3 runs are to be trained" in (output := again.communicate()[0])
+    assert "nothing new to score" in output
+    assert again.returncode == 0
+
+
+def test_a_run_that_fails_is_named_and_the_rest_goes_on(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("train.py", "config/pythia.py", "config/laptop.py")
+    good = Training(Path("out/good"), (*words, "--out_dir=out/good"), None, 4, 100)
+    bad = Training(Path("out/bad"), (*words, "--out_dir=out/bad", "--num_heads=3"), None, 4, 100)
+    after = Training(Path("out/after"), words, Path("out/bad"), 4, 100)
+    comparison = Comparison([bad, after, good], CompareSettings(processes=1), here)
+    comparison.train()
+    assert comparison.done == {good.folder}
+    assert comparison.failed == {bad.folder, after.folder}
+    said = capfd.readouterr().err
+    assert "num_heads=3 does not divide hidden_size=16" in said
+    assert "FAILED: after, not started, because out/bad failed" in said
