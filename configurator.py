@@ -179,17 +179,25 @@ class PrepSettings:
 class EvalSettings:
     """eval.py"""
 
-    tasks: str = "all"  # which of val,reversal,long,cache to measure, separated by commas; 'all' takes all that apply
+    tasks: str = "all"  # some of val,reversal,wikitext,lambada,pile,long,cache,speed, separated by commas; or 'all'
+    wikitext: str = "EleutherAI/wikitext_document_level"  # or a .jsonl file with a 'page' a line, or wiki.test.raw
+    lambada: str = "EleutherAI/lambada_openai"  # or a .jsonl file with a 'text' a line
+    pile_test: str = "monology/pile-uncopyrighted"  # or a .jsonl(.zst) file: 'text', and its subset as in the Pile
+    pile_documents: int | None = 1000  # of the Pile's test set, from its start; None: all
     data_dir: str = "data"  # where the token files are
     dataset: str | None = None  # score on this dataset; None: the one that the first run was trained on
-    block_size: int | None = None  # tokens per window; None: the smallest that the runs were trained with
+    block_size: int | None = None  # tokens per window, of every task; None: the smallest that a run was trained with
     batch_size: int = 8  # windows at a time
     out_dir: str = "out/compare"  # where report.md, its pictures and results.json go
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
     allow_untrained: bool = False  # score a model that was never trained
+    overlap: bool = True  # look for the evaluation texts in the training text of each run
+    verify: bool = False  # score EleutherAI/pythia-70m, or the folder named, and compare with published figures
+    tolerance: float = 0.01  # how far, relatively, --verify lets a figure be from the published one
 
     def __post_init__(self) -> None:
-        check_range(self, 1, "block_size", "batch_size")
+        check_range(self, 1, "block_size", "batch_size", "pile_documents")
+        check_range(self, 0, "tolerance")
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,22 @@
 """Scores trained models on the same data with the same code.
 
     python eval.py out/pythia-laptop out/mla_kv128-laptop
+    python eval.py out/pythia-laptop --tasks=wikitext,lambada --wikitext=wiki.test.raw --lambada=lambada.jsonl
+    python eval.py --verify                                   # EleutherAI/pythia-70m against published figures
 
 A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id. Every model is rebuilt from its
 checkpoint and scored in float32, from an empty state at the start of each window. The table is printed; out_dir gets
 report.md with pictures and results.json. train.py ends every run with the same functions.
 """
 
+import hashlib
 import itertools
 import math
+import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import Unavailable, detokenize, evaluate_benchmarks, find_overlap, load_texts
 from configurator import (
     EvalSettings,
     InputError,
@@ -30,14 +37,24 @@ from configurator import (
     pick_device,
     run,
 )
-from prep import ReversalPair, TokenFile, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
-from pythia_base import score_tokens
-from report import AFTER_FIRST, format_comparison, write_report
+from prep import Document, ReversalPair, TokenFile, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
+from pythia_base import safe_exp, score_tokens, stream_tokens
+from report import AFTER_FIRST, format_comparison, format_table, write_report
 
-TASKS = ("val", "reversal", "long", "cache")
+TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")
+RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
 CACHE_LENGTHS = (256, 2048, 8192)  # tokens at which caches are compared
+DECODE_TOKENS = 32  # tokens generated at each of these lengths to time it
+SPEED_REPEATS = 3
 LONG_WINDOWS = 8  # windows of a long document that are scored, 4,096 tokens at a block_size of 512
 POSITION_EDGES = (0, 16, 32, 64, 96)  # position ranges of the window; the last one ends with the window
+VERIFIED = "EleutherAI/pythia-70m"
+PUBLISHED = {  # of that model: EleutherAI's, with a newer lm-evaluation-harness; of the Pile its first 10,000 documents
+    "lambada_accuracy": 0.1842,
+    "lambada_ppl": 141.3,
+    "pile_word_ppl": 130.6,
+    "pile_bits_per_byte": 1.0493,
+}
 PPL_MEANING = (
     (5, "abnormal: a leak or a causal-mask error, inspect the code"),
     (30, "suspicious: overfitting possible, check data volume and split"),
@@ -106,10 +123,6 @@ def position_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
     edges = [e for e in POSITION_EDGES if e < len(loss)] + [len(loss)]
     ranges = [(a, b) for a, b in itertools.pairwise(edges) if count[a:b].sum()]
     return {f"{a}-{b}": safe_exp(loss[a:b].sum() / count[a:b].sum()) for a, b in ranges}
-
-
-def safe_exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
 
 
 # ------------------------------------------------------------------------------------------------ long documents
@@ -264,6 +277,55 @@ def evaluate_cache(model: Any) -> dict[str, Any]:
     }
 
 
+def generation_peak(model: Any, tokens: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """Bytes that CUDA has allocated at the peak of generating text up to each length, the weights among them."""
+    results: dict[str, Any] = {"cuda_bytes_before": torch.cuda.memory_allocated(device), "cuda_peak_bytes": {}}
+    for n in CACHE_LENGTHS:
+        torch.cuda.reset_peak_memory_stats(device)
+        model.generate(prompt(tokens, n - DECODE_TOKENS, device), DECODE_TOKENS, temperature=0.0)
+        results["cuda_peak_bytes"][str(n)] = torch.cuda.max_memory_allocated(device)
+    return results
+
+
+def prompt(tokens: np.ndarray, n: int, device: torch.device) -> Tensor:
+    """The first n tokens of a text (1, n), repeated if it is shorter."""
+    return torch.from_numpy(np.resize(tokens[:n], n).astype(np.int64))[None].to(device)
+
+
+def evaluate_speed(model: Any, tokens: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """Tokens per second of reading a prompt, and of generating after it, one row of each of CACHE_LENGTHS.
+
+    Beyond max_position_embeddings a model is timed all the same; what it would say there is not asked. Medians.
+    """
+    speeds: dict[str, dict[str, float]] = {"prefill_tokens_per_s": {}, "decode_tokens_per_s": {}}
+    model.generate(prompt(tokens, CACHE_LENGTHS[0], device), DECODE_TOKENS, temperature=0.0)  # warms up
+    for n in tqdm(CACHE_LENGTHS, desc="speed", leave=False):
+        times = [generation_times(model, prompt(tokens, n, device)) for _ in range(SPEED_REPEATS)]
+        prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))
+        speeds["prefill_tokens_per_s"][str(n)] = n / prefill
+        speeds["decode_tokens_per_s"][str(n)] = DECODE_TOKENS / decode
+    return speeds
+
+
+def generation_times(model: Any, idx: Tensor) -> tuple[float, float]:
+    """Seconds until the first token after a prompt (1, T) is drawn, and for DECODE_TOKENS more."""
+    cache = model.init_cache(1, idx.size(1) + DECODE_TOKENS)
+    tokens = stream_tokens(model, idx, cache, 1 + DECODE_TOKENS, temperature=0.0)
+    started = now(idx.device)
+    next(tokens)
+    first = now(idx.device)
+    for _ in tokens:
+        pass
+    return first - started, now(idx.device) - first
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def count_parameters(model: Any) -> dict[str, int]:
     """Parameters in all, those that training changes, and those of the embedding tables."""
     tables = [p for p in model.parameters() if p.size(0) == model.config.vocab_size]
@@ -285,25 +347,32 @@ def evaluate_model(
     block_size: int,
     batch_size: int,
     device: torch.device,
+    texts: Mapping[str, list[Document] | Unavailable],
 ) -> dict[str, Any]:
-    """All metrics of the tasks for one model, moved to the device, in float32."""
+    """All metrics of the tasks for one model, moved to the device, in float32; texts are those of the benchmarks."""
     model = model.to(device).eval()
     data = load_tokens(data_folder, "val")
-    if data.meta["max_id"] >= model.config.vocab_size:
+    tokenizer = load_tokenizer(data.meta["tokenizer"], data_dir)
+    if tokenizer.n_vocab > model.config.vocab_size:
         raise InputError(
-            f"{data_folder} holds token id {data.meta['max_id']}, outside the model's {model.config.vocab_size} rows"
+            f"{data_folder} holds {tokenizer.name} tokens, {tokenizer.n_vocab} of them; "
+            f"the model has {model.config.vocab_size} rows"
         )
     results: dict[str, Any] = count_parameters(model)
     if "val" in tasks:
         results |= evaluate_val(model, data.tokens, block_size, batch_size, device)
         results["ppl_meaning"] = ppl_meaning(results["val_ppl"])
     if "reversal" in tasks:
-        tokenizer = load_tokenizer(data.meta["tokenizer"], data_dir)
         results |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), device)
+    results |= evaluate_benchmarks(model, tasks, texts, tokenizer, block_size, batch_size, device)
     if "long" in tasks:
         results |= evaluate_long(model, data, block_size, batch_size, device)
     if "cache" in tasks:
         results |= evaluate_cache(model)
+        if device.type == "cuda":
+            results |= generation_peak(model, data.tokens, device)
+    if "speed" in tasks:
+        results |= evaluate_speed(model, data.tokens, device)
     return results
 
 
@@ -333,7 +402,8 @@ def data_of(settings: EvalSettings, runs: list[tuple[str, Any, dict[str, Any]]])
         theirs = checkpoint["data"]["tokenizer"] if checkpoint else tokenizer
         if theirs != tokenizer:
             raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
-    block_size = settings.block_size or min((c["block_size"] for c in configs if "block_size" in c), default=512)
+    lengths = [c.get("config", {}).get("block_size", m.config.max_position_embeddings) for _, m, c in runs]
+    block_size = settings.block_size or min(lengths)
     limits = {source: model.config.max_position_embeddings for source, model, _ in runs}
     for source, limit in limits.items():
         if block_size > limit:
@@ -350,27 +420,125 @@ def chosen_tasks(text: str) -> tuple[str, ...]:
     return tasks
 
 
+def about(source: str, model: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Which weights a row stands for, and what they were trained on; of Hugging Face's only the former is known."""
+    file = Path(source, "ckpt.pt")
+    row: dict[str, Any] = {
+        "run": source,
+        "model": type(model).__name__,
+        "checkpoint": str(file if file.is_file() else source),
+        "weights_sha256": weights_digest(model),
+    }
+    if checkpoint:
+        row |= {name: checkpoint[name] for name in ("tokens_seen", "parents", "commit", "data")}
+        row |= {"steps": checkpoint["iter_num"], "seed": checkpoint["config"]["seed"]}
+        row["settings"] = {**checkpoint["config"], "model_args": checkpoint["model_args"]}
+    return row
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 of all weights and their names."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def training_differences(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kind of training, unless all rows were trained on as many tokens of the same data."""
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        kind = "tokens that are not known"
+        if "data" in row:
+            kind = f"{row['tokens_seen']:,} tokens of data {row['data']['train_sha256'][:8]}"
+        kinds.setdefault(kind, []).append(row["run"])
+    if len(kinds) == 1:
+        return []
+    return [f"not trained on the same tokens: {', '.join(runs)} on {kind}" for kind, runs in kinds.items()]
+
+
+def search_overlap(
+    settings: EvalSettings,
+    runs: list[tuple[str, Any, dict[str, Any]]],
+    texts: Mapping[str, list[Document] | Unavailable],
+    val: TokenFile,
+) -> list[dict[str, Any]]:
+    """For each run, what find_overlap counts in its training data, or why it could not be counted."""
+    tokenizer = load_tokenizer(val.meta["tokenizer"], settings.data_dir)
+    bounds = zip(*document_bounds(val), strict=True)
+    documents = {"val": [tokenizer.decode(val.tokens[start + 1 : end].tolist()) for start, end in bounds]}
+    for task, found in texts.items():
+        if not isinstance(found, Unavailable):
+            documents[task] = [detokenize(text) if task == "wikitext" else text for text, _ in found]
+    counted: dict[str, dict[str, Any]] = {}  # by the digest of the training data
+    results: list[dict[str, Any]] = []
+    for _, _, checkpoint in runs:
+        if not checkpoint:
+            results.append({"not_measured": "its training text is not known"})
+            continue
+        folder, digest = Path(settings.data_dir, checkpoint["config"]["dataset"]), checkpoint["data"]["train_sha256"]
+        if digest not in counted:
+            counted[digest] = overlap_with(folder, digest, tokenizer, documents)
+        results.append(counted[digest])
+    return results
+
+
+def overlap_with(folder: Path, digest: str, tokenizer: Tokenizer, documents: dict[str, list[str]]) -> dict[str, Any]:
+    try:
+        train = load_tokens(folder, "train")
+    except InputError as error:
+        return {"not_measured": str(error)}
+    if train.digest != digest:
+        return {"not_measured": f"{folder} holds other text now"}
+    return find_overlap(train, tokenizer, documents)
+
+
+def verify(settings: EvalSettings, source: str) -> bool:
+    """Hold a model's figures against those published for pythia-70m, and print both; whether all are within tolerance.
+
+    Raises InputError if the weights or the texts cannot be had.
+    """
+    settings = replace(settings, pile_test="NeelNanda/pile-10k", pile_documents=None)
+    tasks = tuple(task for task in chosen_tasks(settings.tasks) if task in ("lambada", "pile"))
+    model, device = load_source(source)[0], pick_device(settings.device)
+    texts = load_texts(settings, tasks)
+    tokenizer, block_size = load_tokenizer("neox", settings.data_dir), model.config.max_position_embeddings
+    model.to(device).eval()
+    results = evaluate_benchmarks(model, tasks, texts, tokenizer, block_size, settings.batch_size, device)
+    if missing := results.get("not_measured"):
+        raise InputError(f"nothing can be verified: {'; '.join(missing.values())}")
+    differences = {name: results[name] / PUBLISHED[name] - 1 for name in PUBLISHED if name in results}
+    rows = [[name, f"{PUBLISHED[name]:g}", f"{results[name]:.4f}", f"{d:+.2%}"] for name, d in differences.items()]
+    print(format_table([f"{source}, windows of {block_size}", "published", "measured", "difference"], rows))
+    is_close = all(abs(difference) <= settings.tolerance for difference in differences.values())
+    print(f"\n{'all' if is_close else 'NOT all'} within {settings.tolerance:.1%} of what was published")
+    return is_close
+
+
 def main() -> None:
     settings, sources = parse_settings(EvalSettings, sys.argv[1:], takes="RUN [RUN ...]")
+    if settings.verify:
+        if len(sources) > 1:
+            raise InputError("--verify is for one model: EleutherAI/pythia-70m, or the folder that has it")
+        sys.exit(0 if verify(settings, (sources or [VERIFIED])[0]) else 1)
     if not sources:
         raise InputError("name at least one run: python eval.py out/pythia-laptop")
     tasks, device = chosen_tasks(settings.tasks), pick_device(settings.device)
     runs = open_runs(sources, settings.allow_untrained)
     folder, block_size = data_of(settings, runs)
-    results = []
-    for source, model, checkpoint in runs:
+    texts = load_texts(settings, tasks)
+    results = [about(*each) for each in runs]
+    warnings = training_differences(results)
+    if settings.overlap:
+        for row, counts in zip(results, search_overlap(settings, runs, texts, load_tokens(folder, "val")), strict=True):
+            row["overlap"] = counts
+    for row, (source, model, _) in zip(results, runs, strict=True):
         print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
-        file = Path(source, "ckpt.pt")
-        about: dict[str, Any] = {"checkpoint": str(file if file.is_file() else source)}
-        if checkpoint:
-            about |= {name: checkpoint[name] for name in ("tokens_seen", "parents", "commit", "data")}
-            about |= {"steps": checkpoint["iter_num"], "seed": checkpoint["config"]["seed"]}
-            about["settings"] = {**checkpoint["config"], "model_args": checkpoint["model_args"]}
-        scores = evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device)
-        results.append({"run": source, "model": type(model).__name__, **about, **scores})
+        row |= evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device, texts)
     out_dir = Path(settings.out_dir)
-    write_report({"block_size": block_size, "data": str(folder), "runs": results}, out_dir)
-    print(format_comparison(results))
+    write_report({"block_size": block_size, "data": str(folder), "warnings": warnings, "runs": results}, out_dir)
+    print("\n\n".join([*warnings, format_comparison(results)]))
     print(f"\nwritten to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")
 
 

@@ -475,7 +475,7 @@ def stream_hub(hub_set: HubSet, revision: str | None) -> Iterator[Row]:
             hub_set.path, hub_set.config, split=hub_set.split, revision=revision, streaming=True
         )
     except Exception as error:  # as above
-        raise InputError(f"reading {hub_set.path} from the Hugging Face hub failed: {error}; {WITHOUT_IT}") from error
+        raise InputError(f"reading {hub_set.path} from the Hugging Face hub failed: {error}") from error
 
 
 def open_mini(settings: PrepSettings) -> Source:

@@ -279,6 +279,11 @@ def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return torch.cat(losses).view_as(targets), torch.cat(right).view_as(targets)
 
 
+def safe_exp(loss: float) -> float:
+    """PPL of a mean loss; infinite where exp would fail."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """next_token_loss of the head's logits for h (B, T, C), in the dtype of autocast where that is on."""
     device_type = h.device.type

@@ -17,6 +17,7 @@ runs an object for each run:
     baseline_cache_bytes_per_token, cache_saved the same of Pythia of these widths; 1 - ours / theirs
     wikitext_..., lambada_..., pile_...         see eval.evaluate_benchmarks; not_measured: task -> why not
     decode_tokens_per_s, prefill_tokens_per_s   by length in tokens
+    cuda_peak_bytes, cuda_bytes_before          of generating up to each length, and before; on CUDA
     overlap                                     how many documents of each evaluation text stand in the training text
 
 Losses are nats per token, bytes those of float32.
@@ -182,8 +183,15 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header ->
     "backward": ("reversal_backward_ppl", lambda r: f"{r['reversal_backward_ppl']:.1f}"),
     "ratio": ("reversal_ratio", lambda r: f"{r['reversal_ratio']:.3f}"),
     "answers' ratio": ("reversal_answer_ratio", lambda r: f"{r['reversal_answer_ratio']:.3f}"),
+    "WikiText word PPL": ("wikitext_word_ppl", lambda r: f"{r['wikitext_word_ppl']:.1f}"),
+    "LAMBADA": ("lambada_accuracy", lambda r: f"{r['lambada_accuracy']:.1%}"),
+    "LAMBADA PPL": ("lambada_ppl", lambda r: f"{r['lambada_ppl']:.1f}"),
+    "Pile PPL": ("pile_ppl", lambda r: f"{r['pile_ppl']:.1f}"),
+    "Pile bits/byte": ("pile_bits_per_byte", lambda r: f"{r['pile_bits_per_byte']:.4f}"),
     "cache B/token": ("cache_bytes_per_token", lambda r: format_bytes(r["cache_bytes_per_token"]["2048"])),
     "saved": ("cache_saved", lambda r: f"{r['cache_saved'][SHOWN_LENGTH]:.1%}"),
+    "decode tokens/s": ("decode_tokens_per_s", lambda r: f"{r['decode_tokens_per_s'][SHOWN_LENGTH]:,.0f}"),
+    "prefill tokens/s": ("prefill_tokens_per_s", lambda r: f"{r['prefill_tokens_per_s'][SHOWN_LENGTH]:,.0f}"),
     "parameters": ("parameters", lambda r: f"{r['parameters']:,.0f}"),
     "tokens seen": ("tokens_seen", lambda r: f"{r['tokens_seen']:,.0f}"),
 }

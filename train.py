@@ -46,11 +46,11 @@ from configurator import (
     read_checkpoint,
     run,
 )
-from eval import TASKS, document_bounds, evaluate_model, safe_exp
+from eval import RUN_TASKS, document_bounds, evaluate_model
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import TokenFile, context_cache, exact_contexts, load_tokens, prepare
-from pythia_base import make_optimizer
+from pythia_base import make_optimizer, safe_exp
 from report import duration, format_rank, format_summary, format_table
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
@@ -741,7 +741,7 @@ class LMTrainer:
         }
         folder = Path(s.data_dir, s.dataset)
         summary |= evaluate_model(
-            self.model, TASKS, folder, s.data_dir, s.block_size, s.batch_size, self.world.device
+            self.model, RUN_TASKS, folder, s.data_dir, s.block_size, s.batch_size, self.world.device, texts={}
         )
         self.folder.write_json("summary.json", summary)
         print(format_summary(summary))

@@ -324,7 +324,8 @@ def test_the_commands_of_the_readme(arguments: list[str], data_dir: Path, tmp_pa
 
     folder = str(tmp_path / "run")
     assert f"python sample.py {folder}" in type_in("train.py", "config/mla_kv128.py", *arguments[1:], "--kv_dim=4")
-    table = type_in("eval.py", folder, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'compare'}")
+    options = ["--tasks=val,reversal,cache", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'compare'}"]
+    table = type_in("eval.py", folder, *options)
     assert re.search(r"cache B/token", table)
     results = json.loads((tmp_path / "compare" / "results.json").read_text())
     assert results["runs"][0]["cache_saved"]["2048"] == 0.875
