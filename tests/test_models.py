@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configurator import MODELS
 from model_cascade import CascadeConfig
 from model_context import ContextKVConfig, ContextPythiaConfig
 from model_infini import InfiniConfig
 from model_mla import MLAConfig
-from pythia_base import PythiaConfig
+from pythia_base import Cache, PythiaConfig
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48
@@ -131,6 +134,67 @@ def test_the_cache_counts_its_tensors_and_refuses_to_overflow(name: str) -> None
     assert {t.untyped_storage().data_ptr() for t in cache.tensors()} == storages.keys(), "decoding allocated anew"
     with pytest.raises(ValueError, match="cache holds 41 tokens"):
         model(idx[:, :1], cache=cache)
+
+
+class Allocations(TorchDispatchMode):
+    """Follows the storage of every tensor that an operation returns, but for the given ones, while any refers to it."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in given}
+        self.storages: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(returned):
+            if isinstance(tensor, torch.Tensor):
+                reference = StorageWeakRef(tensor.untyped_storage())
+                if reference.cdata not in self.given:
+                    self.storages[reference.cdata] = reference
+        return returned
+
+    def nbytes(self) -> int:
+        """Bytes that are still allocated."""
+        alive = (torch.UntypedStorage._new_with_weak_ptr(cdata) for cdata in self.storages)
+        return sum(storage.nbytes() for storage in alive if storage is not None)
+
+
+def bytes_kept_by_decoding(model: Any) -> tuple[int, int]:
+    """What a cache says that it holds, and what a long generation through it leaves allocated beside the weights."""
+    model.requires_grad_(False)
+    with Allocations([*model.parameters(), *model.buffers()]) as allocations:
+        cache = model.init_cache(batch_size=B, max_len=T)
+        model(make_tokens()[:, :9], cache=cache)
+        for t in range(9, T):
+            model(make_tokens()[:, t : t + 1], cache=cache)
+        return cache.nbytes, allocations.nbytes()
+
+
+@every_model
+def test_decoding_keeps_what_the_cache_counts_and_no_more(name: str) -> None:
+    counted, kept = bytes_kept_by_decoding(make_model(name))
+    assert counted == kept
+
+
+class HiddenCache(Cache):
+    """Counts the first of its layers alone."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        return list(vars(self.layers[0]).values())
+
+
+def test_what_a_cache_does_not_count_is_seen() -> None:
+    """Keys and values that the count leaves out, and a model that remembers in a place of its own."""
+    model = make_model("pythia")
+    model.init_cache = lambda batch_size, max_len: HiddenCache(
+        [attention.init_cache(batch_size, max_len) for attention in model.attentions()], max_len
+    )
+    counted, kept = bytes_kept_by_decoding(model)
+    assert kept == SMALL["num_layers"] * counted
+    model, remembered = make_model("pythia"), []
+    model.final_layer_norm.register_forward_hook(lambda *call: remembered.append(call[-1]))
+    counted, kept = bytes_kept_by_decoding(model)
+    assert kept == counted + 4 * B * T * SMALL["hidden_size"]
 
 
 @every_model
