@@ -1,0 +1,50 @@
+"""README, 'Add your own variant', followed to the letter."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from test_compare import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def insert(path: Path, lines: str, table: str) -> None:
+    """Put the import before that of pythia_base and the row at the end of the table that opens with a line."""
+    added, row = lines.splitlines()
+    before, opening, rows = path.read_text().partition(table)
+    before = before.replace("from pythia_base import", f"{added}\nfrom pythia_base import", 1)
+    path.write_text(before + opening + rows.replace("\n}\n", f"\n{row}\n}}\n", 1))
+
+
+def test_the_variant_of_the_readme(data_dir: Path, tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().partition("## Add your own variant\n")[2].partition("\n## ")[0]
+    architecture, row, config, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    commands = re.findall(r"```\n(python .*?)```", section, re.DOTALL)[0].splitlines()
+
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml")]:
+        shutil.copy(path, tmp_path)
+    for name in ("config", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cache").symlink_to(data_dir / "cache")
+    (tmp_path / "data" / "mini").symlink_to(data_dir / "own")
+    (tmp_path / "config" / "laptop.py").write_text(TINY.format(max_iters=4))
+
+    (tmp_path / "model_mqa.py").write_text(architecture)
+    insert(tmp_path / "configurator.py", row, "MODELS: ")
+    (tmp_path / "config" / "mqa.py").write_text(config)
+    insert(tmp_path / "tests" / "test_models.py", line, "CONFIGS = {")
+    outputs = []
+    for command in commands:
+        words = [sys.executable, *command.split()[1:]]
+        done = subprocess.run(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout
+        outputs.append(done.stdout)
+    summary = json.loads((tmp_path / "out" / "mqa-laptop" / "summary.json").read_text())
+    assert summary["steps"] == 20
+    assert summary["cache_saved"]["2048"] == 0.5  # of two heads, the tiny model's
+    assert re.search(r"1[0-9] passed", outputs[1])
