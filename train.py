@@ -11,22 +11,15 @@ checkpoint stands, and says of a finished one that it is finished.
 import contextlib
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,75 +35,22 @@ from configurator import (
     model_args,
     one_line,
     parse_train,
-    pick_device,
     read_checkpoint,
     run,
 )
-from eval import RUN_TASKS, document_bounds, evaluate_model
+from eval import RUN_TASKS, evaluate_model
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import TokenFile, context_cache, exact_contexts, load_tokens, prepare
 from pythia_base import make_optimizer, safe_exp
 from report import duration, format_rank, format_summary, format_table
+from runs import RunFolder, StopRequest, World, git_commit, open_world
+from sampler import Stretches, Windows, window_batch
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
-NOT_COMPARED = ("out_dir", "overwrite", "device")  # settings that may differ when a run goes on
 
 
-# ----------------------------------------------------------------------------------------- processes and precision
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train together: one, or those that torchrun started."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
-
-    def barrier(self) -> None:
-        """Wait for the other processes."""
-        if self.size > 1:
-            dist.barrier()
-
-    def reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """The sum (or another op) of a tensor over all processes."""
-        if self.size > 1:
-            dist.all_reduce(value, op)
-        return value
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the order of their ranks."""
-        if self.size == 1:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-
-@contextlib.contextmanager
-def open_world(device_name: str) -> Iterator[World]:
-    """Join torchrun's process group, NCCL on GPUs and gloo elsewhere, and leave it in the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = pick_device(device_name)
-    if size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    try:
-        yield World(int(os.environ.get("RANK", "0")), size, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+# ------------------------------------------------------------------------------------- what every phase starts with
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -126,91 +66,6 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"no fast bfloat16 on this {device.type}"
 
 
-# -------------------------------------------------------------------------------------------------------- the data
-
-
-class Windows:
-    """Training windows in a pseudo-random order, each once an epoch: a pure function of the seed and a running number.
-
-    Nothing of it has to be saved for a run to go on, and no table grows with the corpus.
-    """
-
-    def __init__(self, num_tokens: int, block_size: int, seed: int) -> None:
-        if num_tokens <= block_size:
-            raise InputError(f"{num_tokens} tokens in the training file: too few for block_size={block_size}")
-        self.num_tokens, self.block_size, self.seed = num_tokens, block_size, seed
-        self.per_epoch = max(1, num_tokens // block_size - 1)
-
-    def starts(self, numbers: np.ndarray) -> np.ndarray:
-        """Where in the token file the windows of these running numbers begin."""
-        epochs, places = np.divmod(numbers, self.per_epoch)
-        starts = np.empty_like(numbers)
-        for epoch in np.unique(epochs):
-            slack = self.num_tokens - self.per_epoch * self.block_size  # each epoch cuts its windows elsewhere
-            offset = np.random.default_rng([self.seed, epoch]).integers(slack)
-            mine = epochs == epoch
-            starts[mine] = offset + self.block_size * permute(places[mine], self.per_epoch, self.seed + epoch)
-        return starts
-
-
-class Stretches:
-    """Stretches of documents, walked window by window: a row of a step goes on where it was in the step before.
-
-    All rows begin and end theirs together. As with Windows, which row is where is a function of the running number.
-    """
-
-    def __init__(self, data: TokenFile, tokens_per_doc: int, block_size: int, rows: int, seed: int) -> None:
-        starts, ends = document_bounds(data)
-        counts = (ends - starts) // tokens_per_doc  # stretches that lie whole within each document
-        if not counts.any():
-            raise InputError(f"no training document has tokens_per_doc={tokens_per_doc} tokens")
-        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, .. in each document
-        self.begins = np.repeat(starts, counts) + tokens_per_doc * within
-        self.windows_each = tokens_per_doc // block_size
-        self.block_size, self.rows, self.seed = block_size, rows, seed
-
-    def starts(self, numbers: np.ndarray) -> np.ndarray:
-        """Where in the token file the windows of these running numbers begin."""
-        steps, rows = np.divmod(numbers, self.rows)
-        turns, windows = np.divmod(steps, self.windows_each)
-        epochs, places = np.divmod(turns * self.rows + rows, len(self.begins))
-        starts = windows * self.block_size
-        for epoch in np.unique(epochs):
-            mine = epochs == epoch
-            starts[mine] += self.begins[permute(places[mine], len(self.begins), self.seed + epoch)]
-        return starts
-
-
-def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> dict[str, Tensor]:
-    """idx and targets (B, T) of the windows that begin at starts."""
-    rows = torch.from_numpy(np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64))
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return {"idx": rows[:, :-1].to(device), "targets": rows[:, 1:].to(device)}
-
-
-def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Places of 0..n-1 in a pseudo-random order, without a table.
-
-    A Feistel network of four rounds permutes the next power of four; what falls outside 0..n-1 is sent through again.
-    """
-    half = ((n - 1).bit_length() + 1) // 2
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.default_rng([seed, n]).integers(2**63, size=4, dtype=np.uint64) | np.uint64(1)
-
-    def network(x: np.ndarray) -> np.ndarray:
-        left, right = x >> np.uint64(half), x & mask
-        for key in keys:
-            mixed = (right + key) * key
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) * key >> np.uint64(32)) & mask
-        return left << np.uint64(half) | right
-
-    out = network(index.astype(np.uint64))
-    while (outside := out >= n).any():
-        out[outside] = network(out[outside])
-    return out.astype(np.int64)
-
-
 def open_tokens(settings: TrainSettings, world: World, vocab_size: int) -> tuple[TokenFile, TokenFile]:
     """Training and validation tokens of the dataset; the default one is made if it is missing."""
     folder = Path(settings.data_dir, settings.dataset)
@@ -223,150 +78,6 @@ def open_tokens(settings: TrainSettings, world: World, vocab_size: int) -> tuple
     if train.meta["max_id"] >= vocab_size:
         raise InputError(f"{folder} holds token id {train.meta['max_id']}, outside the model's {vocab_size} rows")
     return train, val
-
-
-# ---------------------------------------------------------------------------------------------------- the run's folder
-
-
-class RunFolder:
-    """What a run leaves behind. Files are written beside the old ones, flushed and renamed, so none is ever half."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lock = FileLock(path / ".lock")
-
-    def claim(self, job: Job, world: World) -> dict[str, Any] | None:
-        """Take the folder for this run; returns the checkpoint to go on from, None for a new run.
-
-        Raises InputError if it holds another run, or one that is being trained right now.
-        """
-        if world.is_main and not getattr(job.settings, "eval_only", False):
-            self.open(job)
-        world.barrier()  # nobody reads the folder before it is claimed
-        if (self.path / "ckpt.pt").exists() and not job.settings.overwrite:
-            return read_checkpoint(self.path)
-        if job.settings.init_from == "resume":
-            raise InputError(f"init_from='resume': {self.path} holds no checkpoint")
-        return None
-
-    def open(self, job: Job) -> None:
-        """Make the folder, lock it, refuse another run's."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.take_lock()
-        if (self.path / "ckpt.pt").exists() and not job.settings.overwrite:
-            self.compare(job)
-
-    def begin(self, job: Job, goes_on_from: int | None) -> None:
-        """Write the settings; a new run takes the place of what is there, one that goes on drops what it does again."""
-        if goes_on_from is not None:
-            self.trim_log(goes_on_from)
-        else:
-            for name in ("ckpt.pt", "best.pt", "summary.json") if job.settings.overwrite else ():
-                (self.path / name).unlink(missing_ok=True)
-            (self.path / "log.jsonl").unlink(missing_ok=True)
-        self.write_json("config.json", {**asdict(job.settings), "model_args": model_args(job.model_config)})
-
-    def is_finished(self, checkpoint: dict[str, Any], settings: Any) -> bool:
-        """Whether the run has its summary; one that is resumed with more steps than it has taken is not finished."""
-        is_longer = settings.init_from == "resume" and checkpoint["iter_num"] < settings.max_iters
-        return (self.path / "summary.json").exists() and not is_longer and not settings.eval_only
-
-    def take_lock(self) -> None:
-        """Held until the process ends, however it ends."""
-        try:
-            self.lock.acquire(blocking=False)
-        except Timeout:
-            raise InputError(f"another process is training in {self.path}") from None
-
-    def compare(self, job: Job) -> None:
-        """Raises InputError unless the folder's run has the settings of this job (resuming: its model settings)."""
-        theirs = json.loads((self.path / "config.json").read_text())
-        mine = {**asdict(job.settings), "model_args": model_args(job.model_config)}
-        keys = mine.keys() | theirs.keys()
-        if job.settings.init_from == "resume":
-            keys = {"model", "phase", "dataset", "model_args"}
-        differing = sorted(k for k in keys if k not in NOT_COMPARED and mine.get(k) != theirs.get(k))
-        if differing:
-            shown = ", ".join(f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in differing[:3])
-            raise InputError(
-                f"{self.path} holds another run ({shown}): choose another --out_dir, go on with it by "
-                "--init_from=resume, or replace it by --overwrite=True"
-            )
-
-    def save(self, checkpoint: dict[str, Any], *names: str) -> None:
-        """Write a checkpoint under each of the names. Raises OSError if the disk is full."""
-        for name in names:
-            try:
-                with self.replacing(name) as file:
-                    torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer stumbles over a failed write once more
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        with self.replacing(name) as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
-
-    @contextlib.contextmanager
-    def replacing(self, name: str) -> Iterator[Any]:
-        """A file opened under a temporary name that takes the place of the old one once it is complete on the disk."""
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def log(self, entry: dict[str, Any]) -> None:
-        with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def trim_log(self, step: int) -> None:
-        """Drop what was logged after the checkpoint that a run goes on from; those steps are done again."""
-        path = self.path / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        with self.replacing("log.jsonl") as file:
-            file.write("".join(line + "\n" for line in kept).encode())
-
-
-def git_commit() -> str:
-    """The commit of the code, with + if it was changed since; empty outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True)
-        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=here, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit.strip() + ("+" if changed else "")
-
-
-class StopRequest:
-    """Within it, SIGINT and SIGTERM ask the run to save and stop after the step it is in."""
-
-    def __enter__(self) -> "StopRequest":
-        self.signal = 0
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-
-    def agreed(self, world: World) -> int:
-        """The signal that any of the processes has received, 0 if none has."""
-        if world.size == 1:
-            return self.signal
-        return int(world.reduce(torch.tensor(self.signal, device=world.device), dist.ReduceOp.MAX))
-
-
-# ------------------------------------------------------------------------------------- what every phase starts with
 
 
 @dataclass

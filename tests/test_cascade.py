@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 import model_cascade
+import sampler
 import train
 from configurator import InputError, PrepSettings, baseline_config, load_source, model_args
 from eval import evaluate_cache
@@ -251,7 +252,7 @@ def test_batches_of_positions_cover_the_stream() -> None:
     trainer.world = SimpleNamespace(device=torch.device("cpu"))
     trainer.train_data = SimpleNamespace(tokens=np.arange(61, dtype=np.uint16))
     trainer.contexts = np.arange(61, dtype=np.float32)[:, None]
-    trainer.windows = train.Windows(61, 1, seed=0)
+    trainer.windows = sampler.Windows(61, 1, seed=0)
     batches = [trainer.training_batch(np.arange(3 * step, 3 * step + 3)) for step in range(5)]
     for batch in batches:
         assert batch["idx"].shape == batch["targets"].shape == (12, 1)
@@ -306,7 +307,7 @@ def test_the_chain_of_both_phases(
     assert summary["all_blocks"]["context_dim"] == 16
     assert summary["all_blocks"]["heldout_effective_rank"] == pytest.approx(rank, rel=1e-3)
 
-    widths, make_batch = [], train.window_batch
+    widths, make_batch = [], sampler.window_batch
 
     def watched_batch(*arguments: Any) -> Any:
         widths.append(arguments[2])

@@ -16,6 +16,7 @@ import torch
 from test_train import ROOT, TINY, PowerCut, losses, run_training, weights
 
 import eval as evaluation
+import sampler
 import train
 from configurator import MODELS, InputError, build_model, read_checkpoint, rebuild_model
 from prep import TokenFile, load_tokens
@@ -61,7 +62,7 @@ def split_documents(data: TokenFile) -> list[np.ndarray]:
 
 def test_a_row_walks_through_one_stretch_of_one_document(data_dir: Path) -> None:
     data = load_tokens(data_dir / "own", "train")
-    stretches = train.Stretches(data, STRETCH, BLOCK, rows=5, seed=0)
+    stretches = sampler.Stretches(data, STRETCH, BLOCK, rows=5, seed=0)
     per_epoch = sum((len(document) - 1) // STRETCH for document in split_documents(data))
     turns = math.ceil(2 * per_epoch / 5)
     starts = stretches.starts(np.arange(turns * 4 * 5)).reshape(turns, 4, 5)
@@ -108,7 +109,7 @@ def test_a_row_reads_its_own_stretch_from_the_start_and_nothing_else(
     run_training(monkeypatch, *arguments, "--learning_rate=0", "--min_lr=0")
     model = rebuild_model(read_checkpoint(tmp_path / "run"), "run")
     data = load_tokens(data_dir / "own", "train")
-    begins = train.Stretches(data, STRETCH, BLOCK, rows=4, seed=1337).starts(np.arange(12 * 4)).reshape(3, 4, 4)[:, 0]
+    begins = sampler.Stretches(data, STRETCH, BLOCK, rows=4, seed=1337).starts(np.arange(12 * 4)).reshape(3, 4, 4)[:, 0]
 
     def window_losses(begin: int, carried: bool) -> list[float]:
         tokens = torch.from_numpy(data.tokens[begin : begin + STRETCH + 1].astype(np.int64))[None]

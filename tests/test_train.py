@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import eval as evaluation
+import runs
+import sampler
 import train
 from configurator import InputError, LMSettings, parse_train
 from prep import get_reversal_pairs, load_tokenizer, load_tokens
@@ -54,16 +56,16 @@ def weights(folder: Path, name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
 def test_permute_is_a_permutation_that_mixes(n: int) -> None:
-    places = train.permute(np.arange(n), n, seed=3)
+    places = sampler.permute(np.arange(n), n, seed=3)
     assert sorted(places) == list(range(n))
     if n >= 16:
         assert abs(np.corrcoef(np.arange(n), places)[0, 1]) < 0.5
-        assert list(places) != list(train.permute(np.arange(n), n, seed=4))
+        assert list(places) != list(sampler.permute(np.arange(n), n, seed=4))
 
 
 @pytest.mark.parametrize("length", [34, 65, 64 * 32, 64 * 32 + 31])
 def test_windows_cover_an_epoch_without_overlap(length: int) -> None:
-    windows = train.Windows(length, block_size=32, seed=0)
+    windows = sampler.Windows(length, block_size=32, seed=0)
     for epoch in range(3):
         starts = windows.starts(np.arange(windows.per_epoch) + epoch * windows.per_epoch)
         assert starts.min() >= 0
@@ -73,15 +75,15 @@ def test_windows_cover_an_epoch_without_overlap(length: int) -> None:
 
 
 def test_a_window_s_targets_are_the_next_tokens() -> None:
-    starts = train.Windows(1000, block_size=32, seed=0).starts(np.arange(5))
-    batch = train.window_batch(np.arange(1000, dtype=np.uint16), starts, 32, torch.device("cpu"))
+    starts = sampler.Windows(1000, block_size=32, seed=0).starts(np.arange(5))
+    batch = sampler.window_batch(np.arange(1000, dtype=np.uint16), starts, 32, torch.device("cpu"))
     assert torch.equal(batch["idx"] + 1, batch["targets"])
     assert batch["idx"].shape == (5, 32)
 
 
 def test_a_token_file_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(InputError, match="32 tokens in the training file: too few for block_size=32"):
-        train.Windows(32, block_size=32, seed=0)
+        sampler.Windows(32, block_size=32, seed=0)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -223,7 +225,7 @@ def test_resuming_needs_a_checkpoint(arguments: list[str], monkeypatch: pytest.M
 
 
 def test_two_runs_cannot_share_a_folder(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = train.RunFolder(tmp_path / "run")
+    first = runs.RunFolder(tmp_path / "run")
     first.open(parse_train(arguments))
     with pytest.raises(InputError, match="another process is training in"):
         run_training(monkeypatch, *arguments)
@@ -361,7 +363,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_training(monkeypatch, *arguments)
-    folder = train.RunFolder(tmp_path / "run")
+    folder = runs.RunFolder(tmp_path / "run")
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # writing more fails as it does on a full disk
