@@ -234,17 +234,20 @@ class SampleSettings:
 class BenchSettings:
     """bench.py"""
 
-    what: Literal["contexts"] = "contexts"  # the work to time
-    init_from: str = ""  # the phase 1 run whose ContextBlock is timed; empty: a new one
+    what: Literal["all", "train", "decode", "attention", "phase1", "contexts", "tokenize", "curves"] = "all"  # to time
+    quick: bool = False  # narrower models, less work: minutes, and rougher ratios
+    repeats: int = 3  # interleaved, after one to warm up; medians are shown
+    compile: bool | None = None  # time torch.compile in training too; None: on CUDA only
+    init_from: str = ""  # contexts: the phase 1 run whose ContextBlock is timed; empty: a new one
     dataset: str = "mini"  # whose text the work is done on
     data_dir: str = "data"  # where the token files are
-    num_tokens: int = 500_000  # tokens of the fast form per repeat; the plain one takes a fiftieth
-    repeats: int = 3  # interleaved, after one to warm up; medians are shown
-    out: str = "bench.json"  # where the figures go
+    num_tokens: int = 500_000  # contexts: tokens of the fast form per repeat; the plain one takes a fiftieth
+    num_steps: int = 500  # curves: steps whose losses are compared; not part of 'all'
+    out_dir: str = "out/bench"  # where bench.json and the pictures go
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
 
     def __post_init__(self) -> None:
-        check_range(self, 1, "repeats")
+        check_range(self, 1, "repeats", "num_steps")
         check_range(self, 1000, "num_tokens")
 
 

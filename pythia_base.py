@@ -503,6 +503,16 @@ def stream_tokens(
             logits, _ = model(token, cache=cache)
 
 
+def input_major(model: nn.Module) -> None:
+    """Lay every matrix out as (in, out) in memory, its values and its shape as they are.
+
+    A CPU decodes one row up to twice as fast in float32 from it: the product of a vector then adds up rows of memory.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.T.contiguous().T
+
+
 def draw_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """One token (B, 1) from logits (B, V): the arg-max at temperature 0, else from the top_k largest."""
     if temperature == 0:
