@@ -39,7 +39,7 @@ from configurator import (
 )
 from prep import Document, ReversalPair, TokenFile, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
 from pythia_base import safe_exp, score_tokens, stream_tokens
-from report import AFTER_FIRST, format_comparison, format_table, write_report
+from report import AFTER_FIRST, format_comparison, format_table, overlap_table, write_report
 
 TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
@@ -446,7 +446,7 @@ def weights_digest(model: Any) -> str:
 
 
 def training_differences(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each kind of training, unless all rows were trained on as many tokens of the same data."""
+    """A line, unless all rows were trained on as many tokens of the same data."""
     kinds: dict[str, list[str]] = {}
     for row in rows:
         kind = "tokens that are not known"
@@ -455,7 +455,8 @@ def training_differences(rows: list[dict[str, Any]]) -> list[str]:
         kinds.setdefault(kind, []).append(row["run"])
     if len(kinds) == 1:
         return []
-    return [f"not trained on the same tokens: {', '.join(runs)} on {kind}" for kind, runs in kinds.items()]
+    differences = "; ".join(f"{', '.join(runs)} on {kind}" for kind, runs in kinds.items())
+    return [f"not trained on the same tokens: {differences}"]
 
 
 def search_overlap(
@@ -492,6 +493,16 @@ def overlap_with(folder: Path, digest: str, tokenizer: Tokenizer, documents: dic
     if train.digest != digest:
         return {"not_measured": f"{folder} holds other text now"}
     return find_overlap(train, tokenizer, documents)
+
+
+def overlap_warnings(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each set of texts of which whole documents stand in a row's training text."""
+    return [
+        f"{counts['in_training_text']:,} documents of {name} stand in the training text of {row['run']}"
+        for row in rows
+        for name, counts in row["overlap"].items()
+        if name != "not_measured" and counts["in_training_text"]
+    ]
 
 
 def verify(settings: EvalSettings, source: str) -> bool:
@@ -533,6 +544,9 @@ def main() -> None:
     if settings.overlap:
         for row, counts in zip(results, search_overlap(settings, runs, texts, load_tokens(folder, "val")), strict=True):
             row["overlap"] = counts
+        warnings += overlap_warnings(results)
+        different = {str(row["overlap"]): row for row in reversed(results)}
+        print(format_table(*overlap_table(list(different.values())[::-1])) + "\n")
     for row, (source, model, _) in zip(results, runs, strict=True):
         print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
         row |= evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device, texts)
