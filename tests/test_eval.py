@@ -86,11 +86,11 @@ def test_a_report_says_which_weights_were_scored_and_on_what_they_were_trained(
 
 
 def test_runs_on_the_same_tokens_are_not_flagged() -> None:
-    row = {"run": "out/a", "tokens_seen": 8, "data": {"train_sha256": "0123456789"}}
+    row: dict[str, Any] = {"run": "out/a", "tokens_seen": 8, "data": {"train_sha256": "0123456789"}}
     assert evaluation.training_differences([row, {**row, "run": "out/b"}]) == []
     longer, elsewhere = {**row, "tokens_seen": 9}, {**row, "data": {"train_sha256": "abcdefghij"}}
-    for rows in ([row, longer], [row, elsewhere], [row, {"run": "hub/id"}]):
-        assert len(evaluation.training_differences(rows)) == 1
+    for other in (longer, elsewhere, {"run": "hub/id"}):
+        assert len(evaluation.training_differences([row, other])) == 1
 
 
 def test_whole_documents_in_the_training_text_are_flagged() -> None:
