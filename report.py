@@ -18,6 +18,7 @@ runs an object for each run:
     wikitext_..., lambada_..., pile_...         see eval.evaluate_benchmarks; not_measured: task -> why not
     decode_tokens_per_s, prefill_tokens_per_s   by length in tokens
     cuda_peak_bytes, cuda_bytes_before          of generating up to each length, and before; on CUDA
+    cuda_bytes_before, cuda_peak_bytes          allocated before, and at the peak of generating to each length; on CUDA
     overlap                                     how many documents of each evaluation text stand in the training text
 
 Losses are nats per token, bytes those of float32.
@@ -188,7 +189,7 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header ->
     "LAMBADA PPL": ("lambada_ppl", lambda r: f"{r['lambada_ppl']:.1f}"),
     "Pile PPL": ("pile_ppl", lambda r: f"{r['pile_ppl']:.1f}"),
     "Pile bits/byte": ("pile_bits_per_byte", lambda r: f"{r['pile_bits_per_byte']:.4f}"),
-    "cache B/token": ("cache_bytes_per_token", lambda r: format_bytes(r["cache_bytes_per_token"]["2048"])),
+    "cache B/token": ("cache_bytes_per_token", lambda r: format_bytes(r["cache_bytes_per_token"][SHOWN_LENGTH])),
     "saved": ("cache_saved", lambda r: f"{r['cache_saved'][SHOWN_LENGTH]:.1%}"),
     "decode tokens/s": ("decode_tokens_per_s", lambda r: f"{r['decode_tokens_per_s'][SHOWN_LENGTH]:,.0f}"),
     "prefill tokens/s": ("prefill_tokens_per_s", lambda r: f"{r['prefill_tokens_per_s'][SHOWN_LENGTH]:,.0f}"),

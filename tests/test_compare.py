@@ -20,6 +20,7 @@ num_layers = 2
 num_heads = 2
 intermediate_size = 32
 context_dim = 8
+kv_dim = 8
 num_tokens = 500
 batch_size = 4
 max_iterations = 2
@@ -72,7 +73,7 @@ def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(monkeypatch:
 
 
 def test_killed_in_the_middle_and_started_again_it_reports(here: Path) -> None:
-    configs = ["pythia", "phase1", "phase2"]
+    configs = ["pythia", "mla_kv64"]
     (here / "config" / "laptop.py").write_text(TINY.format(max_iters=120))
     process = start(configs, here)
     log = here / "out" / "pythia-laptop" / "log.jsonl"
@@ -85,12 +86,12 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path) -> None:
     assert 0 < steps < 120
     output = start(configs, here).communicate()[0]
     assert f"going on from step {steps}" in Path("out/compare-laptop/pythia-laptop.txt").read_text()
-    assert "3 of 3 runs are to be trained, 2 at a time" in output
+    assert "2 of 2 runs are to be trained, 2 at a time" in output
     page = Path("out/compare-laptop/report.md").read_text()
     assert "| pythia | " in page
-    assert "| phase2 | " in page
+    assert "| mla_kv64 | " in page
     again = start(configs, here)
-    assert "0 of 3 runs are to be trained" in (output := again.communicate()[0])
+    assert "0 of 2 runs are to be trained" in (output := again.communicate()[0])
     assert "nothing new to score" in output
     assert again.returncode == 0
 
@@ -98,12 +99,13 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path) -> None:
 def test_a_run_that_fails_is_named_and_the_rest_goes_on(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ("train.py", "config/pythia.py", "config/laptop.py")
     good = Training(Path("out/good"), (*words, "--out_dir=out/good"), None, 4, 100)
-    bad = Training(Path("out/bad"), (*words, "--out_dir=out/bad", "--num_heads=3"), None, 4, 100)
+    bad = Training(Path("out/bad"), (*words, "--out_dir=out/bad", "--num_heads=3"), Path("out/good"), 4, 100)
     after = Training(Path("out/after"), words, Path("out/bad"), 4, 100)
-    comparison = Comparison([bad, after, good], CompareSettings(processes=1), here)
+    comparison = Comparison([after, bad, good], CompareSettings(), here)
     comparison.train()
     assert comparison.done == {good.folder}
     assert comparison.failed == {bad.folder, after.folder}
-    said = capfd.readouterr().err
-    assert "num_heads=3 does not divide hidden_size=16" in said
-    assert "FAILED: after, not started, because out/bad failed" in said
+    said = capfd.readouterr()
+    assert "num_heads=3 does not divide hidden_size=16" in said.err
+    assert "FAILED: after, not started, because out/bad failed" in said.err
+    assert said.out.index("good is finished") < said.out.index(" ".join(bad.words))
