@@ -115,8 +115,11 @@ class LMSettings(TrainSettings):
 class Phase2Settings(LMSettings):
     """Training all of a model but its ContextBlock, on the exact contexts of the token stream."""
 
+    context_stride: int = 1  # tokens per context that the cache keeps; those in between are run again for each batch
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, 1, "context_stride")
         if self.tokens_per_doc is not None:
             raise InputError("tokens_per_doc is for phase='lm': contexts run through the whole stream")
 
@@ -166,13 +169,16 @@ class PrepSettings:
     overlap: int = 100  # contexts: tokens before its first that a lane begins at, to forget where it started
     tolerance: float = 3e-6  # contexts: a lane whose state is further from the end of the lane before is run again
     chunk_tokens: int = 100_000  # contexts: tokens on the device at a time, and what an interruption loses at most
+    context_stride: int = 1  # contexts: keep one of so many, that much less disk; phase 2 runs the others again
     device: str = "auto"  # contexts: 'auto' takes cuda, then mps, then cpu
 
     def __post_init__(self) -> None:
         check_range(self, 0, "reversal_repeats", "seed", "tolerance")
-        check_range(self, 1, "max_tokens", "num_workers", "lanes", "overlap", "chunk_tokens")
+        check_range(self, 1, "max_tokens", "num_workers", "lanes", "overlap", "chunk_tokens", "context_stride")
         if not 0 < self.val_fraction < 1:
             raise InputError(f"val_fraction={self.val_fraction} has to be between 0 and 1")
+        if self.context_stride > self.chunk_tokens:
+            raise InputError(f"context_stride={self.context_stride} is above chunk_tokens={self.chunk_tokens}")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ INDEX_DTYPE = np.dtype([("start", "<i8"), ("subset", "<i2")])  # position of a d
 BATCH_DOCUMENTS = 64  # what a worker gets at a time
 POOL_DOCUMENTS = 20_000  # with fewer documents the workers would take longer to start than to work
 MAX_MEMBER_BYTES = 64 * 2**20  # the largest file that is read out of an archive
+EXACT = 1e-5  # what a context may differ by from the recurrence run token by token
 WITHOUT_IT = "--dataset=mini and your own texts, --dataset=NAME --files=GLOB, do without it"
 
 
@@ -950,11 +951,12 @@ def command_for(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class ContextFile:
-    """The context of every token of one split, as the recurrence from its first token gives it."""
+    """Contexts of the tokens of one split, as the recurrence from its first token gives them."""
 
     path: Path
-    fingerprint: str  # of the weights and of the token file
-    contexts: npt.NDArray[np.float32]  # a memmap, (number of tokens, E), the blocks side by side
+    fingerprint: str  # of the weights, of the token file and of the stride
+    stride: int  # S: kept are those of tokens S - 1, 2 S - 1, ...; of every token with S = 1
+    contexts: npt.NDArray[np.float32]  # a memmap, (number of tokens // S, E), the blocks side by side
 
 
 def prepare_contexts(settings: PrepSettings) -> None:
@@ -979,13 +981,17 @@ def context_cache(model: Any, file: TokenFile, settings: PrepSettings) -> Contex
     """
     if file.meta["max_id"] >= model.embed_in.num_embeddings:
         raise InputError(f"{file.path} holds token id {file.meta['max_id']}, which the model's embedding does not have")
+    if (stride := settings.context_stride) > len(file.tokens):
+        raise InputError(f"context_stride={stride} is above the {len(file.tokens)} tokens of {file.path}")
+    shape = [len(file.tokens) // stride, sum(block.context_dim for block in model.context_blocks)]
     record = {
         "weights": weights_digest(model),
         "tokens": file.digest,
-        "shape": [len(file.tokens), sum(block.context_dim for block in model.context_blocks)],
+        "stride": stride,
+        "shape": shape,
         "source": os.path.abspath(settings.init_from),
     }
-    fingerprint = hashlib.sha256(f"{record['weights']} {record['tokens']}".encode()).hexdigest()[:8]
+    fingerprint = hashlib.sha256(f"{record['weights']} {record['tokens']} {stride}".encode()).hexdigest()[:8]
     path = file.path.with_name(f"contexts_{fingerprint}_{file.path.stem}.bin")
     with FileLock(path.with_name(".contexts.lock")):  # of two at once, the second finds the first one's file
         if is_complete(path, record):
@@ -1000,7 +1006,7 @@ def context_cache(model: Any, file: TokenFile, settings: PrepSettings) -> Contex
             for old in stale:  # nothing can ask for them again
                 old.unlink()
                 old.with_suffix(".bin").unlink(missing_ok=True)
-    return ContextFile(path, fingerprint, np.memmap(path, dtype="<f4", mode="r", shape=tuple(record["shape"])))
+    return ContextFile(path, fingerprint, stride, np.memmap(path, dtype="<f4", mode="r", shape=tuple(shape)))
 
 
 def weights_digest(model: Any) -> str:
@@ -1033,7 +1039,7 @@ def stale_records(path: Path, record: dict[str, Any]) -> dict[Path, str]:
     return {
         old: "tokens" if made["weights"] == record["weights"] else "weights"
         for old, made in others.items()
-        if made.get("source") == record["source"]
+        if made.get("source") == record["source"] and any(made[key] != record[key] for key in ("weights", "tokens"))
     }
 
 
@@ -1042,13 +1048,14 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: PrepSettin
     """Append chunk after chunk to a partial file, whose length says where to go on, and rename it when complete."""
     blocks, table = model.context_blocks, model.embed_in.weight
     widths = [block.context_dim for block in blocks]
-    row_bytes, num_tokens, chunk_tokens = 4 * sum(widths), len(file.tokens), settings.chunk_tokens
+    row_bytes, num_tokens, stride = 4 * sum(widths), len(file.tokens), settings.context_stride
+    chunk_tokens = settings.chunk_tokens // stride * stride
     for other in set(path.parent.glob(f"contexts_*_{file.path.stem}.partial")) - {path.with_suffix(".partial")}:
         other.unlink()  # of a run that was cut off; it would lie there for good
     with path.with_suffix(".partial").open("a+b") as out:
-        done = out.tell() // (chunk_tokens * row_bytes) * chunk_tokens
-        out.truncate(done * row_bytes)
-        check_space(path, (num_tokens - done) * row_bytes)
+        done = out.tell() * stride // (chunk_tokens * row_bytes) * chunk_tokens
+        out.truncate(done // stride * row_bytes)
+        check_space(path, (num_tokens - done) // stride * row_bytes)
         states = last_row(out, row_bytes).to(table.device).split(widths)
         rows = table.new_empty(min(chunk_tokens, num_tokens), sum(widths))  # of one chunk
         columns = rows.split(widths, dim=1)
@@ -1056,9 +1063,12 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: PrepSettin
         with tqdm(initial=done, total=num_tokens, unit=" tokens", unit_scale=True, mininterval=1) as bar:
             for start in range(done, num_tokens, chunk_tokens):
                 chunk = file.tokens[start : start + chunk_tokens].astype(np.int64)
+                ids = torch.from_numpy(chunk).to(table.device)
                 for block_run in block_runs:
-                    block_run.fill(torch.from_numpy(chunk).to(table.device))
-                out.write(rows[: len(chunk)].cpu().numpy().data)
+                    block_run.fill(ids)
+                    if start == done and stride > 1:
+                        block_run.check_stride(ids, stride)
+                out.write(rows[stride - 1 : len(chunk) : stride].cpu().contiguous().numpy().data)
                 bar.update(len(chunk))
     path.with_suffix(".partial").replace(path)
     for block_run in block_runs:
@@ -1163,9 +1173,78 @@ class BlockRun:
             if not len(which):
                 return
 
+    def check_stride(self, ids: Tensor, stride: int) -> None:
+        """Raises InputError unless from each stored state of a chunk (n,) the recurrence comes to the next again."""
+        lanes = ids[: len(ids) // stride * stride].view(-1, stride)
+        rows = self.rows[: lanes.numel()].unflatten(0, lanes.shape)  # what lies between stored states is not kept
+        stored = rows[:, -1].clone()
+        again = self.in_order(lanes[1:], stored[:-1], rows[1:])
+        rows[:, -1] = stored
+        if ((again - stored[1:]).abs() > EXACT).any():
+            raise InputError(
+                f"{self.settings.init_from}: its ContextBlock magnifies rounding, so that contexts run again from one "
+                f"in {stride} would be others: keep them all, --context_stride=1"
+            )
+
     def summary(self) -> str:
         again = f"{self.num_run_again} of {self.num_lanes:,} lanes run again"
         return f"largest difference at a seam {self.largest_gap:.1e}, {again}"
+
+
+class ContextReader:
+    """The contexts of any positions of a token file: read from its cache, or run again from those that it keeps.
+
+        kept        c_{-1} = 0       c_{S-1}          c_{2S-1}         c_{3S-1}
+        wanted             [ . . . . . . . . . . . . . . . . . . ]
+        run again   ----------------->
+                                     ----------------->
+                                                      ------------>
+
+    Segments of S tokens with a wanted position are lanes in lockstep, each as far as its last one: S steps at most,
+    however many and however long the windows.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, file: TokenFile, cache: ContextFile) -> None:
+        self.file, self.cache = file, cache
+        self.blocks, table = model.context_blocks, model.embed_in.weight
+        self.device = table.device
+        self.halves = [block.token_half(table) for block in self.blocks] if cache.stride > 1 else []  # (V, ...) each
+
+    def at(self, positions: npt.NDArray[np.int64]) -> Tensor:
+        """The contexts (..., E) of positions (...), on the model's device."""
+        if self.cache.stride == 1:
+            return torch.from_numpy(self.cache.contexts[positions]).to(self.device)
+        return self.run_again(positions.ravel()).view(*positions.shape, -1)
+
+    @torch.no_grad()
+    def run_again(self, positions: npt.NDArray[np.int64]) -> Tensor:
+        """Positions (P,) -> (P, E)."""
+        stride, widths = self.cache.stride, [block.context_dim for block in self.blocks]
+        segments, lanes = np.unique(positions // stride, return_inverse=True)  # (L,), (P,)
+        offsets = positions % stride
+        last = np.zeros_like(segments)
+        np.maximum.at(last, lanes, offsets)
+        longest_first = np.argsort(-last)  # so that the lanes that still run are the first ones
+        segments, lanes = segments[longest_first], np.argsort(longest_first)[lanes]
+        T = int(last.max()) + 1
+        running = [int((last >= t).sum()) for t in range(T)]
+
+        places = segments[:, None] * stride + np.arange(T)
+        tokens = self.file.tokens[np.minimum(places, len(self.file.tokens) - 1)].astype(np.int64)
+        kept = self.cache.contexts[segments - 1]
+        kept[segments == 0] = 0
+        order, counts = np.argsort(offsets), np.bincount(offsets).tolist()
+        ids, starts, wanted, lane = (torch.from_numpy(x).to(self.device) for x in (tokens, kept, order, lanes[order]))
+        steps = list(zip(running, ids.unbind(1), wanted.split(counts), lane.split(counts), strict=True))
+
+        contexts = starts.new_empty(len(positions), sum(widths))
+        columns = zip(self.blocks, self.halves, starts.split(widths, 1), contexts.split(widths, 1), strict=True)
+        for block, halves, c, out in columns:
+            for n, tokens_t, wanted_t, lane_t in steps:
+                c = block.step(c[:n], F.embedding(tokens_t[:n], halves))
+                out[wanted_t] = c[lane_t]
+        return contexts
 
 
 @torch.no_grad()

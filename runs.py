@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configurator import InputError, Job, model_args, pick_device, read_checkpoint
 
-NOT_COMPARED = ("out_dir", "overwrite", "device")  # settings that may differ when a run goes on
+NOT_COMPARED = ("out_dir", "overwrite", "device", "context_stride")  # settings that may differ when a run goes on
 
 
 # ----------------------------------------------------------------------------------------- processes and precision
@@ -134,7 +134,7 @@ class RunFolder:
     def compare(self, job: Job) -> None:
         """Raises InputError unless the folder's run has the settings of this job (resuming: its model settings)."""
         theirs = json.loads((self.path / "config.json").read_text())
-        mine = {**asdict(job.settings), "model_args": model_args(job.model_config)}
+        mine = json.loads(json.dumps({**asdict(job.settings), "model_args": model_args(job.model_config)}))
         keys = mine.keys() | theirs.keys()
         if job.settings.init_from == "resume":
             keys = {"model", "phase", "dataset", "model_args"}

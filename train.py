@@ -28,6 +28,7 @@ from configurator import (
     Job,
     LMSettings,
     Phase1Settings,
+    Phase2Settings,
     PrepSettings,
     TrainSettings,
     build_model,
@@ -41,7 +42,7 @@ from configurator import (
 from eval import RUN_TASKS, evaluate_model
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
-from prep import TokenFile, context_cache, exact_contexts, load_tokens, prepare
+from prep import ContextReader, TokenFile, context_cache, exact_contexts, load_tokens, prepare
 from pythia_base import make_optimizer, safe_exp
 from report import duration, format_rank, format_summary, format_table
 from runs import RunFolder, StopRequest, World, git_commit, open_world
@@ -466,6 +467,8 @@ class Phase2Trainer(LMTrainer):
     stream, each a window of one token, as many in a step as the windows of block_size would hold.
     """
 
+    settings: Phase2Settings
+
     def __init__(self, job: Job, folder: RunFolder, world: World) -> None:
         parent = folder.path if job.settings.init_from == "resume" else Path(job.settings.init_from)
         if (parent / "ckpt.pt").is_file():  # if not, new_model says so
@@ -484,11 +487,12 @@ class Phase2Trainer(LMTrainer):
 
     def build(self, checkpoint: dict[str, Any] | None) -> None:
         super().build(checkpoint)
-        making = PrepSettings(init_from=self.settings.init_from)
+        making = PrepSettings(init_from=self.settings.init_from, context_stride=self.settings.context_stride)
         if self.world.is_main:
             context_cache(self.model, self.train_data, making)
         self.world.barrier()  # the others find it made
-        self.contexts = context_cache(self.model, self.train_data, making).contexts
+        cache = context_cache(self.model, self.train_data, making)
+        self.contexts = ContextReader(self.model, self.train_data, cache)
         if getattr(self.model, "positions_are_independent", False):
             self.windows = Windows(len(self.train_data.tokens), 1, self.settings.seed)
 
@@ -497,8 +501,7 @@ class Phase2Trainer(LMTrainer):
         each = self.settings.block_size // width  # windows in the place of one: 1, or as many as it has positions
         numbers = (numbers[:, None] * each + np.arange(each)).ravel()
         positions = self.windows.starts(numbers)[:, None] + np.arange(width)
-        contexts = torch.from_numpy(self.contexts[positions]).to(self.world.device)  # (B, T, E)
-        return {**super().training_batch(numbers), "contexts": contexts}
+        return {**super().training_batch(numbers), "contexts": self.contexts.at(positions)}  # (B, T, E)
 
 
 class DocumentTrainer(LMTrainer):

@@ -251,7 +251,7 @@ def test_batches_of_positions_cover_the_stream() -> None:
     trainer.settings = SimpleNamespace(block_size=4)
     trainer.world = SimpleNamespace(device=torch.device("cpu"))
     trainer.train_data = SimpleNamespace(tokens=np.arange(61, dtype=np.uint16))
-    trainer.contexts = np.arange(61, dtype=np.float32)[:, None]
+    trainer.contexts = SimpleNamespace(at=lambda positions: torch.from_numpy(positions)[..., None].float())
     trainer.windows = sampler.Windows(61, 1, seed=0)
     batches = [trainer.training_batch(np.arange(3 * step, 3 * step + 3)) for step in range(5)]
     for batch in batches:

@@ -165,16 +165,92 @@ def test_the_models_read_what_the_cache_holds(build: Build, config_class: type[C
     assert (given - expected).abs().max() < 1e-4
 
 
+# ------------------------------------------------------------------------------------------------ one in so many
+
+
+def reader(model: Any, file: prep.ContextFile) -> prep.ContextReader:
+    tokens = np.memmap(file.path.with_name("train.bin"), dtype=np.uint16, mode="r")
+    return prep.ContextReader(model, prep.TokenFile(file.path, {}, tokens), file)
+
+
+@pytest.mark.parametrize(("stride", "method"), [(2, "lanes"), (7, "lanes"), (256, "sequential"), (800, "lanes")])
+def test_a_sparse_cache_is_one_row_in_so_many_of_the_full_one(build: Build, stride: int, method: str) -> None:
+    """Over several chunks, the last of them not whole."""
+    model = make_model(make_block())
+    full, sparse = build(model, 1700), build(model, 1700, context_stride=stride, method=method)
+    assert sparse.path.stat().st_size == 1700 // stride * WIDTH * 4
+    assert np.abs(sparse.contexts - full.contexts[stride - 1 :: stride]).max() < 1e-5
+
+
+@pytest.mark.parametrize("stride", [1, 2, 7, 64, 800])
+def test_contexts_run_again_are_those_of_the_full_cache(build: Build, stride: int) -> None:
+    """Windows that begin and end anywhere, some in the same segment; and positions one by one, the last ones too."""
+    deep = ContextBlock(WIDTH, 40, 2, 1e-5, "normal", embed_norm=True).requires_grad_(False)
+    model = make_model(make_block(), deep)
+    full = build(model, 1700).contexts
+    contexts = reader(model, build(model, 1700, context_stride=stride))
+    for starts, width in (([0, 1, 63, 64, 65, 70, 1400], 300), ([1699, 0, 1599, 1600, 5, 5], 1), ([511], 2)):
+        positions = np.array(starts)[:, None] + np.arange(width)
+        given = contexts.at(positions)
+        assert given.shape == (len(starts), width, WIDTH + 40)
+        assert not given.requires_grad
+        assert np.abs(given.numpy() - full[positions]).max() < 1e-5
+
+
+def test_a_segment_is_run_no_further_than_wanted(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of a batch: a lane per segment, each to its last position. Segments of 64."""
+    model = make_model(make_block())
+    contexts = reader(model, build(model, 2345, context_stride=64))
+    step, lanes = ContextBlock.step, []
+
+    def counted(self: ContextBlock, c: torch.Tensor, token_half: torch.Tensor) -> torch.Tensor:
+        lanes.append(len(c))
+        return step(self, c, token_half)
+
+    monkeypatch.setattr(ContextBlock, "step", counted)
+    contexts.at(np.array([[130], [129], [64]]) + np.arange(2))  # two lanes, to offsets 3 and 1
+    assert lanes == [2, 2, 1, 1]
+
+
+def test_each_stride_has_a_cache_of_its_own(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They lie side by side while they are of the same weights and tokens; then all of them are stale."""
+    model = make_model(make_block())
+    files = [build(model, 900, context_stride=stride) for stride in (1, 400, 450)]  # the last two: as many rows
+    out = capsys.readouterr().out
+    assert (out.count("building"), out.count("stale")) == (3, 0)
+    for stride, file in zip((1, 400, 450), files, strict=True):
+        again = build(model, 900, context_stride=stride)
+        assert (again.path, again.stride) == (file.path, stride)
+        assert capsys.readouterr().out == f"reading {file.path}\n"
+    change_block(model)
+    new = build(model, 900, context_stride=400)
+    assert capsys.readouterr().out.count("stale") == 3
+    assert names(tmp_path) == {new.path.name, new.path.with_suffix(".json").name}
+
+
+def test_a_block_that_magnifies_rounding_needs_all_contexts(build: Build, tmp_path: Path) -> None:
+    model = make_model(make_block(), expansive_block())
+    for method in ("lanes", "sequential"):
+        with pytest.raises(InputError, match=r"out/phase1: its ContextBlock magnifies rounding, .*--context_stride=1"):
+            build(model, 900, context_stride=256, method=method)
+        assert not list(tmp_path.glob("contexts_*.bin"))
+
+
+def test_a_stride_that_keeps_nothing_is_refused(build: Build) -> None:
+    with pytest.raises(InputError, match="context_stride=301 is above the 300 tokens of "):
+        build(make_model(make_block()), 300, context_stride=301)
+
+
 # ---------------------------------------------------------------------------------------- interrupted, stale, half
 
 
-@pytest.mark.parametrize("chunks_before", [0, 1, 2, 3])
+@pytest.mark.parametrize(("chunks_before", "stride"), [(0, 1), (1, 1), (2, 1), (3, 1), (1, 80), (3, 80)])
 def test_an_interrupted_build_goes_on(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks_before: int
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks_before: int, stride: int
 ) -> None:
     """With the second of two blocks undone in the chunk of the interruption, and half a chunk in the file."""
     model = make_model(make_block(), slow_block())
-    whole = build(model, 3000)
+    whole = build(model, 3000, context_stride=stride)
     expected = whole.path.read_bytes()
     whole.path.unlink()
 
@@ -188,11 +264,11 @@ def test_an_interrupted_build_goes_on(
 
     monkeypatch.setattr(prep.BlockRun, "fill", counted)
     with pytest.raises(KeyboardInterrupt):
-        build(model, 3000)
+        build(model, 3000, context_stride=stride)
     with whole.path.with_suffix(".partial").open("ab") as file:
         file.write(b"\1" * 1001)
     assert not whole.path.exists()
-    again = build(model, 3000)
+    again = build(model, 3000, context_stride=stride)
     assert again.path.read_bytes() == expected
     assert calls[2 * chunks_before + 2 :] == [800, 800, 800, 800, 800, 800, 600, 600][2 * chunks_before :]
     assert names(tmp_path) == {again.path.name, again.path.with_suffix(".json").name}
@@ -363,6 +439,8 @@ def test_what_cannot_be_used_is_told_in_one_line(stage: Callable[..., None], tmp
         (f"--init_from={plain}",): "has no ContextBlock: name a run of config/phase1.py",
         (f"--init_from={run}", "--dataset=wikitext2"): "was trained on notes: leave out --dataset=wikitext2",
         (f"--init_from={run}", "--lanes=0"): "lanes=0 has to be at least 1",
+        (f"--init_from={run}", "--context_stride=0"): "context_stride=0 has to be at least 1",
+        (f"--init_from={run}", "--context_stride=200_000"): "context_stride=200000 is above chunk_tokens=100000",
         (f"--init_from={run}", "--method=fast"): "method='fast' has to be one of 'lanes', 'sequential'",
     }
     for options, message in cases.items():
@@ -374,6 +452,8 @@ def test_a_full_disk_is_told_before_the_work(build: Build, tmp_path: Path, monke
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
     with pytest.raises(InputError, match=r"needs another 1.02 GB, and 0.00 GB of the disk are free"):
         build(make_model(make_block()), 4_000_000)
+    with pytest.raises(InputError, match=r"needs another 0.51 GB"):
+        build(make_model(make_block()), 4_000_000, context_stride=2)
     assert not list(tmp_path.glob("contexts_*.bin"))
 
 

@@ -15,6 +15,7 @@ from model_context import oacd_iteration
 
 ROOT = Path(__file__).parents[1]
 NARROW = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--context_dim=8"]
+ATTENTION = ("--num_layers", "--num_heads", "--intermediate_size")  # settings that a cascade does not have
 PHASE_1 = ["--num_tokens=2000", "--batch_size=500", "--max_iterations=9", "--checkpoint_interval=2"]
 PHASE_2 = ["--block_size=32", "--gradient_accumulation_steps=1", "--max_iters=4", "--eval_interval=2", "--eval_iters=1"]
 
@@ -93,8 +94,9 @@ def test_a_run_of_phase_1_is_not_scored_as_a_language_model(
     assert len(evaluation.open_runs([str(tmp_path / "one")], allow_untrained=True)) == 1
 
 
+@pytest.mark.parametrize("stride", [1, 50])
 def test_phase_2_reads_the_exact_contexts_of_its_windows(
-    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stride: int, here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(monkeypatch, "phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
     batches: list[tuple[Any, dict[str, torch.Tensor]]] = []
@@ -105,8 +107,9 @@ def test_phase_2_reads_the_exact_contexts_of_its_windows(
         return batches[-1][1]
 
     monkeypatch.setattr(train.Phase2Trainer, "training_batch", recorded)
+    monkeypatch.setattr(train.LMTrainer, "finish", lambda self: None)
     words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", f"--out_dir={tmp_path / 'two'}"]
-    run(monkeypatch, "phase2.py", *words)
+    run(monkeypatch, "phase2.py", *words, f"--context_stride={stride}")
     trainer, batch = batches[-1]
     stream = torch.from_numpy(trainer.train_data.tokens[:].astype("int64"))
     window = batch["idx"][0]
@@ -115,9 +118,45 @@ def test_phase_2_reads_the_exact_contexts_of_its_windows(
     torch.testing.assert_close(batch["contexts"][0], exact[-32:].detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("model", ["context_kv", "cascade"])
+def test_phase_2_learns_the_same_from_one_context_in_so_many(
+    model: str, here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of 32 tokens, one context kept per 50. The run that is compared is cut off with the full cache."""
+    here = [word for word in here if model != "cascade" or word.partition("=")[0] not in ATTENTION]
+    run(monkeypatch, f"{model}_phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
+    words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", "--dtype=float32", "--warmup_iters=0"]
+    monkeypatch.setattr(train.LMTrainer, "finish", lambda self: None)
+    run(monkeypatch, f"{model}_phase2.py", *words, f"--out_dir={tmp_path / 'full'}")
+    train_step, steps = train.LMTrainer.train_step, []
+
+    def interrupted(self: train.LMTrainer) -> torch.Tensor:
+        if len(steps) == 3:
+            raise PowerCut
+        steps.append(self.step)
+        return train_step(self)
+
+    monkeypatch.setattr(train.LMTrainer, "train_step", interrupted)
+    with pytest.raises(PowerCut):
+        run(monkeypatch, f"{model}_phase2.py", *words, f"--out_dir={tmp_path / 'cut'}")
+    steps.clear()
+    run(monkeypatch, f"{model}_phase2.py", *words, "--context_stride=50", f"--out_dir={tmp_path / 'cut'}")
+    assert steps == [2, 3], "it goes on from the checkpoint of step 2"
+    torch.testing.assert_close(losses(tmp_path / "cut"), losses(tmp_path / "full"), atol=1e-5, rtol=0)
+
+
+def losses(folder: Path) -> torch.Tensor:
+    """The training loss of every step of a run of 4."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = torch.tensor([loss for entry in entries for loss in entry.get("losses", [])])
+    assert found.shape == (4,)
+    return found
+
+
 @pytest.mark.parametrize(
     ("config", "words", "message"),
     [
+        ("phase2.py", ["--context_stride=0"], "context_stride=0 has to be at least 1"),
         ("phase2.py", ["--init_from=scratch"], "init_from has to name a run of phase 1"),
         ("phase2.py", ["--init_from=config/nothing.py"], "out/nothing is missing; make it with: python train.py"),
         ("pythia.py", ["--phase=phase1"], "model='pythia' has no ContextBlock"),
