@@ -15,7 +15,6 @@ from model_context import oacd_iteration
 
 ROOT = Path(__file__).parents[1]
 NARROW = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--context_dim=8"]
-ATTENTION = ("--num_layers", "--num_heads", "--intermediate_size")  # settings that a cascade does not have
 PHASE_1 = ["--num_tokens=2000", "--batch_size=500", "--max_iterations=9", "--checkpoint_interval=2"]
 PHASE_2 = ["--block_size=32", "--gradient_accumulation_steps=1", "--max_iters=4", "--eval_interval=2", "--eval_iters=1"]
 
@@ -118,16 +117,14 @@ def test_phase_2_reads_the_exact_contexts_of_its_windows(
     torch.testing.assert_close(batch["contexts"][0], exact[-32:].detach(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model", ["context_kv", "cascade"])
 def test_phase_2_learns_the_same_from_one_context_in_so_many(
-    model: str, here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows of 32 tokens, one context kept per 50. The run that is compared is cut off with the full cache."""
-    here = [word for word in here if model != "cascade" or word.partition("=")[0] not in ATTENTION]
-    run(monkeypatch, f"{model}_phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
+    run(monkeypatch, "context_kv_phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
     words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", "--dtype=float32", "--warmup_iters=0"]
     monkeypatch.setattr(train.LMTrainer, "finish", lambda self: None)
-    run(monkeypatch, f"{model}_phase2.py", *words, f"--out_dir={tmp_path / 'full'}")
+    run(monkeypatch, "context_kv_phase2.py", *words, f"--out_dir={tmp_path / 'full'}")
     train_step, steps = train.LMTrainer.train_step, []
 
     def interrupted(self: train.LMTrainer) -> torch.Tensor:
@@ -138,9 +135,9 @@ def test_phase_2_learns_the_same_from_one_context_in_so_many(
 
     monkeypatch.setattr(train.LMTrainer, "train_step", interrupted)
     with pytest.raises(PowerCut):
-        run(monkeypatch, f"{model}_phase2.py", *words, f"--out_dir={tmp_path / 'cut'}")
+        run(monkeypatch, "context_kv_phase2.py", *words, f"--out_dir={tmp_path / 'cut'}")
     steps.clear()
-    run(monkeypatch, f"{model}_phase2.py", *words, "--context_stride=50", f"--out_dir={tmp_path / 'cut'}")
+    run(monkeypatch, "context_kv_phase2.py", *words, "--context_stride=50", f"--out_dir={tmp_path / 'cut'}")
     assert steps == [2, 3], "it goes on from the checkpoint of step 2"
     torch.testing.assert_close(losses(tmp_path / "cut"), losses(tmp_path / "full"), atol=1e-5, rtol=0)
 
