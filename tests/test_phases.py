@@ -125,7 +125,8 @@ def test_phase_2_learns_the_same_from_one_context_in_so_many(
     words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", "--dtype=float32", "--warmup_iters=0"]
     monkeypatch.setattr(train.LMTrainer, "finish", lambda self: None)
     run(monkeypatch, "context_kv_phase2.py", *words, f"--out_dir={tmp_path / 'full'}")
-    train_step, steps = train.LMTrainer.train_step, []
+    train_step = train.LMTrainer.train_step
+    steps: list[int] = []
 
     def interrupted(self: train.LMTrainer) -> torch.Tensor:
         if len(steps) == 3:
