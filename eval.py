@@ -29,6 +29,7 @@ from benchmarks import Unavailable, detokenize, evaluate_benchmarks, find_overla
 from configurator import (
     EvalSettings,
     InputError,
+    Phase1Settings,
     PrepSettings,
     baseline_config,
     build_model,
@@ -37,7 +38,17 @@ from configurator import (
     pick_device,
     run,
 )
-from prep import Document, ReversalPair, TokenFile, Tokenizer, get_reversal_pairs, load_tokenizer, load_tokens
+from model_context import ContextBlock, compute_convergence_rate, effective_rank
+from prep import (
+    Document,
+    ReversalPair,
+    TokenFile,
+    Tokenizer,
+    exact_contexts,
+    get_reversal_pairs,
+    load_tokenizer,
+    load_tokens,
+)
 from pythia_base import safe_exp, score_tokens, stream_tokens
 from report import AFTER_FIRST, format_comparison, format_table, overlap_table, write_report
 
@@ -213,6 +224,38 @@ def window_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
     return {where: safe_exp(losses[where] / tokens[where]) for where in tokens}
 
 
+# ------------------------------------------------------------------------------------------------------- contexts
+
+
+@torch.no_grad()
+def heldout_contexts(
+    block: ContextBlock, table: Tensor, tokens: Tensor, threshold: float, noise: float
+) -> tuple[Tensor, float]:
+    """The exact contexts (N, E) of tokens (N,), and the share of them that is at rest.
+
+    At rest are those that one noisy parallel pass, as Phase 1 makes it, moves by less than the threshold.
+    """
+    exact = exact_contexts(block, table, tokens)
+    generator = torch.Generator().manual_seed(0)  # the same noise for every model
+    noisy = exact[:-1] + noise * torch.randn(exact[:-1].shape, generator=generator)
+    moved = block.step(noisy.to(table.device), block.gathered_token_half(tokens[1:].to(table.device), table))
+    return exact, compute_convergence_rate(moved.cpu(), exact[1:], threshold)
+
+
+def evaluate_contexts(model: Any, tokens: np.ndarray) -> dict[str, Any]:
+    """Convergence and effective rank of a model's contexts on the start of a token file, for each block and for all."""
+    ids = torch.from_numpy(tokens[: Phase1Settings.num_tokens].astype(np.int64))
+    limits = (Phase1Settings.convergence_threshold, Phase1Settings.context_noise)
+    found = [heldout_contexts(block, model.embed_in.weight, ids, *limits) for block in model.context_blocks]
+    together = torch.cat([contexts for contexts, _ in found], dim=1)
+    return {
+        "context_convergence_rates": [rate for _, rate in found],
+        "context_effective_ranks": [effective_rank(contexts) for contexts, _ in found],
+        "context_dim": together.size(1),
+        "context_effective_rank": effective_rank(together),
+    }
+
+
 # ------------------------------------------------------------------------------------------------ reversal curse
 
 
@@ -362,6 +405,8 @@ def evaluate_model(
     if "val" in tasks:
         results |= evaluate_val(model, data.tokens, block_size, batch_size, device)
         results["ppl_meaning"] = ppl_meaning(results["val_ppl"])
+        if hasattr(model, "context_blocks"):
+            results |= evaluate_contexts(model, data.tokens)
     if "reversal" in tasks:
         results |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), device)
     results |= evaluate_benchmarks(model, tasks, texts, tokenizer, block_size, batch_size, device)

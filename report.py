@@ -10,6 +10,8 @@ runs an object for each run:
     parameters, trainable_, embedding_          their numbers
     val_loss, val_ppl, val_accuracy, val_tokens, ppl_meaning
     position_ppl                                PPL per range of positions in the window
+    context_convergence_rates, _effective_ranks of each ContextBlock on held-out tokens
+    context_effective_rank, context_dim         of all side by side
     reversal_...                                see eval.evaluate_reversal_curse
     long_ppl, long_ppl_reset                    PPL per window of long documents, memory carried and memory reset
     long_documents, long_tokens                 on how much text
@@ -184,6 +186,11 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header ->
     "backward": ("reversal_backward_ppl", lambda r: f"{r['reversal_backward_ppl']:.1f}"),
     "ratio": ("reversal_ratio", lambda r: f"{r['reversal_ratio']:.3f}"),
     "answers' ratio": ("reversal_answer_ratio", lambda r: f"{r['reversal_answer_ratio']:.3f}"),
+    "contexts' rank": (
+        "context_effective_rank",
+        lambda r: f"{r['context_effective_rank']:.0f}/{r['context_dim']:.0f} = "
+        f"{r['context_effective_rank'] / r['context_dim']:.1%}",
+    ),
     "WikiText word PPL": ("wikitext_word_ppl", lambda r: f"{r['wikitext_word_ppl']:.1f}"),
     "LAMBADA": ("lambada_accuracy", lambda r: f"{r['lambada_accuracy']:.1%}"),
     "LAMBADA PPL": ("lambada_ppl", lambda r: f"{r['lambada_ppl']:.1f}"),

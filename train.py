@@ -39,7 +39,7 @@ from configurator import (
     read_checkpoint,
     run,
 )
-from eval import RUN_TASKS, evaluate_model
+from eval import RUN_TASKS, evaluate_model, heldout_contexts
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import ContextReader, TokenFile, context_cache, exact_contexts, load_tokens, prepare
@@ -700,11 +700,9 @@ class Phase1Trainer:
         heldout_convergence_rate: how many exact contexts move by less than the threshold in one noisy parallel pass.
         """
         s, block, table = self.settings, self.model.context_blocks[number], self.model.embed_in.weight
-        heldout_tokens = self.heldout_tokens()
-        exact, heldout = (exact_contexts(block, table, ids) for ids in (tokens, heldout_tokens))
-        noisy = heldout[:-1] + s.context_noise * torch.randn_like(heldout[:-1])
-        token_half = block.gathered_token_half(heldout_tokens[1:].to(table.device), table)
-        moved = block.step(noisy.to(table.device), token_half)
+        exact = exact_contexts(block, table, tokens)
+        limits = (s.convergence_threshold, s.context_noise)
+        heldout, heldout_rate = heldout_contexts(block, table, self.heldout_tokens(), *limits)
         width = block.context_dim
         return {
             "block": number,
@@ -715,7 +713,7 @@ class Phase1Trainer:
             "exact_share": compute_convergence_rate(contexts, exact, s.convergence_threshold),
             "effective_rank": effective_rank(exact),
             "heldout_tokens": len(heldout),
-            "heldout_convergence_rate": compute_convergence_rate(moved.cpu(), heldout[1:], s.convergence_threshold),
+            "heldout_convergence_rate": heldout_rate,
             "heldout_effective_rank": effective_rank(heldout),
         }
 

@@ -13,6 +13,8 @@ import torch
 import eval as evaluation
 from benchmarks import evaluate_lambada
 from configurator import EvalSettings, InputError, LMSettings, model_args
+from model_cascade import CascadeConfig, CascadeContextLLM
+from model_context import effective_rank
 from prep import Document, load_tokenizer, load_tokens
 from pythia_base import PythiaConfig, PythiaModel
 
@@ -176,3 +178,23 @@ def test_the_peak_of_a_generation_holds_weights_and_cache(model: PythiaModel, da
     assert peaks["cuda_bytes_before"] >= sum(p.nbytes for p in model.parameters())
     for n, peak in peaks["cuda_peak_bytes"].items():
         assert peak >= peaks["cuda_bytes_before"] + model.init_cache(1, int(n)).nbytes
+
+
+# -------------------------------------------------------------------------------------------------------- contexts
+
+
+def test_ranks_and_convergence_of_contexts(data_dir: Path) -> None:
+    """Of blocks with the exact recurrence; without noise the exact contexts are at rest."""
+    torch.manual_seed(0)
+    model = CascadeContextLLM(CascadeConfig(vocab_size=50304, hidden_size=8, context_dim=6, num_context_blocks=2))
+    tokens = load_tokens(data_dir / "own", "val").tokens[:3000]
+    results = evaluation.evaluate_contexts(model, tokens)
+    ids, table = torch.from_numpy(tokens.astype("int64")), model.embed_in.weight
+    with torch.no_grad():
+        expected = [block.recurrence(table[ids][None], None)[0] for block in model.context_blocks]
+        _, rate = evaluation.heldout_contexts(model.context_blocks[0], table, ids, 1e-9, 0.0)
+    assert results["context_effective_ranks"] == pytest.approx([effective_rank(c) for c in expected], rel=1e-3)
+    assert results["context_effective_rank"] == pytest.approx(effective_rank(torch.cat(expected, dim=1)), rel=1e-3)
+    assert results["context_dim"] == 12
+    assert rate == 1
+    assert all(0 <= rate <= 1 for rate in results["context_convergence_rates"])
