@@ -173,10 +173,10 @@ def test_windows_are_scored_as_the_model_s_own_logits_say(model: PythiaModel) ->
     windows = [Window(rng.integers(0, 50_000, n).astype(np.uint16), scored) for n, scored in [(9, 2), (3, 2), (30, 7)]]
     with torch.no_grad():
         best = model(torch.from_numpy(windows[0].ids.astype(np.int64))[None])[0][0, -1].argmax().item()
-    windows.append(Window(np.array([*windows[0].ids, best], np.uint16), 1))
+    windows += [Window(np.array([*windows[0].ids, best], np.uint16), scored) for scored in (1, 2)]
     log_p, right = benchmarks.score_windows(model, windows, 3, CPU, "test")
     assert log_p == pytest.approx([log_likelihood(model, ids.tolist(), scored) for ids, scored in windows], rel=1e-5)
-    assert right.tolist() == [False, False, False, True]
+    assert right.tolist() == [False, False, False, True, False]
 
 
 def test_figures_of_documents(model: PythiaModel, tokenizer: Tokenizer, files: dict[str, Any]) -> None:
