@@ -21,7 +21,7 @@ from configurator import (
     run,
 )
 from prep import Tokenizer, load_tokenizer
-from pythia_base import Cache, stream_tokens
+from pythia_base import Cache, input_major, stream_tokens
 
 
 def print_pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor]) -> None:
@@ -52,6 +52,7 @@ def main() -> None:
         raise InputError("name one run: python sample.py out/mla_kv128-laptop")
     model, checkpoint = load_source(sources[0])
     model = model.to(pick_device(settings.device)).eval()
+    input_major(model)
     tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"] if checkpoint else "neox", settings.data_dir)
     prompt = tokenizer.encode(settings.prompt) or [tokenizer.end_of_text]
     idx = torch.tensor([prompt], device=next(model.parameters()).device)
