@@ -43,8 +43,10 @@ from configurator import (
     build_model,
     divide_widths,
     load_source,
+    make_folder,
     parse_settings,
     pick_device,
+    replacing,
     run,
 )
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration
@@ -598,7 +600,7 @@ def main() -> None:
     machine, folder = describe_machine(device), Path(settings.out_dir)
     print(machine, flush=True)
     names = [name for name in BENCHES if name != "curves"] if settings.what == "all" else [settings.what]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     results: dict[str, Any] = {"machine": machine, "settings": asdict(settings)}
     for name in names:
         tables = []
@@ -608,7 +610,8 @@ def main() -> None:
         results[name] = [asdict(table) for table in tables]
         with matplotlib.rc_context(LOOK):
             draw(tables).savefig(folder / f"{name}.png")
-        (folder / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
+        with replacing(folder / "bench.json") as file:
+            file.write(json.dumps(results, indent=2).encode())
     print(f"\n{folder}/bench.json and pictures")
 
 

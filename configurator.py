@@ -11,18 +11,20 @@ exit status 2.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
 import inspect
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, BinaryIO, Literal, NoReturn, TypeVar
 
 import torch
 
@@ -341,6 +343,8 @@ def parse_settings(settings_class: type[S], argv: list[str], takes: str = "[conf
     if wants_help(argv):
         print_help(f"python {Path(sys.argv[0]).name} {takes} [--key=value ...]", settings_class)
     arguments, values = split_arguments(argv)
+    if arguments and not takes:
+        raise InputError(f"{arguments[0]!r} is no option: options are written --key=value")
     for key in values:
         if key not in names(settings_class):
             raise InputError(unknown_key(key, "the command line", names(settings_class), {}))
@@ -428,16 +432,26 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     """A value as typed or assigned -> the field's type. Raises InputError if it is of another."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     literal = parse_text(value, options) if isinstance(value, Text) else value
+    if isinstance(literal, str) and re.search("[\0\ud800-\udfff]", literal):
+        raise InputError(f"{key}={str(literal)!r} holds a character that no file name and no text can hold")
     for option in options:
         if option is float and type(literal) is int and abs(literal) <= sys.float_info.max:
             return float(literal)
+        if option is int and type(literal) is int and abs(literal) >= 2**63:
+            raise InputError(f"{key}={shorten(literal)} has to be below 2^63")
         if typing.get_origin(option) is Literal and literal in typing.get_args(option):
             return literal
         if typing.get_origin(option) in (list, tuple) and isinstance(literal, list | tuple):
             return [convert(key, item, typing.get_args(option)[0]) for item in literal]
         if option in (type(literal), None):
             return literal
-    raise InputError(f"{key}={value!r} has to be {type_name(hint)}")
+    raise InputError(f"{key}={shorten(value)} has to be {type_name(hint)}")
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def parse_text(text: Text, options: tuple[Any, ...]) -> Any:
@@ -546,9 +560,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # zip and pickle readers each have errors of their own
         raise InputError(f"{file} cannot be read ({type(error).__name__}): truncated, or no checkpoint") from None
-    layout = {"model": dict, "model_args": dict, "iter_num": int, "config": dict}
+    layout = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "data": dict}
+    layout |= {"parents": list, "tokens_seen": int, "commit": str}
     fits = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in layout.items())
-    if not fits or checkpoint["config"].get("model") not in list(MODELS):
+    if (
+        not fits
+        or checkpoint["config"].get("model") not in list(MODELS)
+        or not {"phase", "dataset", "seed"} <= checkpoint["config"].keys()
+        or "tokenizer" not in checkpoint["data"]
+    ):
         raise InputError(f"{file} is no checkpoint of this version of the project: train it again")
     return checkpoint
 
@@ -595,16 +615,50 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+# what the disk or a path is to blame for
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, unless it is there. Raises InputError if a file stands in its place."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path} cannot be made: a file stands in the place of a folder") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file opened under a temporary name that takes the place of the old one once it is complete on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main; bad input and a full disk end it with one line on stderr and status 2, Ctrl-C with 130."""
+    """Run a script's main; Ctrl-C ends it with status 130.
+
+    Bad input, a disk that is full or not to be written to, and want of memory end it with one line on stderr and 2.
+    """
     try:
         main()
     except InputError as error:
         sys.exit(fail(one_line(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in DISK_ERRORS:
             raise
         sys.exit(fail(f"{error.strerror}: {error.filename or 'while writing'}; what was complete before is kept"))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        sys.exit(fail(f"out of memory: a smaller batch or model is needed ({one_line(error)[:150]})"))
     except KeyboardInterrupt:
         sys.exit(130)
 

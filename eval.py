@@ -34,6 +34,7 @@ from configurator import (
     baseline_config,
     build_model,
     load_source,
+    make_folder,
     parse_settings,
     pick_device,
     run,
@@ -438,12 +439,15 @@ def open_runs(sources: list[str], allow_untrained: bool) -> list[tuple[str, Any,
 
 
 def data_of(settings: EvalSettings, runs: list[tuple[str, Any, dict[str, Any]]]) -> tuple[Path, int]:
-    """The data folder and the window that all runs are scored with. Raises InputError if their tokenizers differ."""
+    """The data folder and the window that all runs are scored with. Raises InputError where they do not fit."""
     configs = [checkpoint["config"] for _, _, checkpoint in runs if checkpoint]
     dataset = settings.dataset or (configs[0]["dataset"] if configs else PrepSettings.dataset)
     folder = Path(settings.data_dir, dataset)
-    tokenizer = load_tokens(folder, "val").meta["tokenizer"]
-    for source, _, checkpoint in runs:
+    meta = load_tokens(folder, "val").meta
+    tokenizer = meta["tokenizer"]
+    for source, model, checkpoint in runs:
+        if meta["max_id"] >= (rows := model.config.vocab_size):
+            raise InputError(f"{folder} holds token id {meta['max_id']}, outside the {rows} rows of {source}")
         theirs = checkpoint["data"]["tokenizer"] if checkpoint else tokenizer
         if theirs != tokenizer:
             raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
@@ -583,6 +587,8 @@ def main() -> None:
     tasks, device = chosen_tasks(settings.tasks), pick_device(settings.device)
     runs = open_runs(sources, settings.allow_untrained)
     folder, block_size = data_of(settings, runs)
+    out_dir = Path(settings.out_dir)
+    make_folder(out_dir)
     texts = load_texts(settings, tasks)
     results = [about(*each) for each in runs]
     warnings = training_differences(results)
@@ -595,7 +601,6 @@ def main() -> None:
     for row, (source, model, _) in zip(results, runs, strict=True):
         print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
         row |= evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device, texts)
-    out_dir = Path(settings.out_dir)
     write_report({"block_size": block_size, "data": str(folder), "warnings": warnings, "runs": results}, out_dir)
     print("\n\n".join([*warnings, format_comparison(results)]))
     print(f"\nwritten to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")

@@ -52,7 +52,17 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from configurator import InputError, PrepSettings, load_source, one_line, parse_settings, pick_device, run
+from configurator import (
+    InputError,
+    PrepSettings,
+    load_source,
+    make_folder,
+    one_line,
+    parse_settings,
+    pick_device,
+    replacing,
+    run,
+)
 from model_context import ContextBlock
 
 SPLITS = ("train", "val")
@@ -60,6 +70,8 @@ DATA_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in (".bin",
 INDEX_DTYPE = np.dtype([("start", "<i8"), ("subset", "<i2")])  # position of a document's leading end-of-text token
 BATCH_DOCUMENTS = 64  # what a worker gets at a time
 POOL_DOCUMENTS = 20_000  # with fewer documents the workers would take longer to start than to work
+VERIFIED_BYTES = 2**30  # larger token files are not hashed every time they are opened: a second's work
+TOKENIZERS = ("neox", "gpt2")
 MAX_MEMBER_BYTES = 64 * 2**20  # the largest file that is read out of an archive
 EXACT = 1e-5  # what a context may differ by from the recurrence run token by token
 WITHOUT_IT = "--dataset=mini and your own texts, --dataset=NAME --files=GLOB, do without it"
@@ -512,10 +524,12 @@ def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
     literal = [glob.escape(path) for path in paths]
     try:
         rows = datasets.load_dataset(builder, data_files=literal, split="train", cache_dir=str(cache_dir), **options)
+        return in_hash_order(rows, settings.seed, {"files": settings.files})
+    except InputError:
+        raise
     except Exception as error:  # whatever the reader of the format raises
         cause = error.__cause__ or error
         raise InputError(f"--files={settings.files} cannot be read: {type(cause).__name__}: {cause}") from error
-    return in_hash_order(rows, settings.seed, {"files": settings.files})
 
 
 def file_builder(path: str) -> str:
@@ -840,7 +854,7 @@ def prepare(settings: PrepSettings) -> Path:
     recipe = make_recipe(settings)
     folder = token_folder(settings.data_dir, settings.dataset, settings.tokenizer)
     partial = folder.with_name(f".{folder.name}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two at once, the second finds the first one's files
         if (folder / "meta.json").exists() and not settings.overwrite:
             check_recipe(folder, recipe)
@@ -898,7 +912,7 @@ class TokenFile:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the token file, as meta.json has it; verify compares it with the file."""
+        """SHA-256 of the token file, as meta.json has it."""
         return str(self.meta["files"][self.path.name]["sha256"])
 
     @cached_property
@@ -907,11 +921,6 @@ class TokenFile:
         index: npt.NDArray[np.void] = np.load(self.path.with_name(f"{self.path.stem}_doc_index.npy"), mmap_mode="r")
         return index
 
-    def verify(self) -> None:
-        """Raises InputError if the file's content is not what meta.json says."""
-        if sha256_of(self.path) != self.digest:
-            raise InputError(f"{self.path} does not match its meta.json: {REMAKE}")
-
 
 REMAKE = "make it again with prep.py and --overwrite=True"
 
@@ -919,19 +928,26 @@ REMAKE = "make it again with prep.py and --overwrite=True"
 def load_tokens(folder: str | Path, split: str) -> TokenFile:
     """The token file of a split, 'train' or 'val', mapped into memory.
 
-    Raises InputError if the set is missing or its files are not of the sizes that meta.json says.
+    Raises InputError if the set is missing, or its files are not those that meta.json describes: by size, and unless
+    they are larger than VERIFIED_BYTES by content.
     """
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         raise InputError(f"{folder} holds no token files; make them with: {command_for(folder)}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        sizes = {name: meta["files"][name]["bytes"] for name in (f"{split}.bin", f"{split}_doc_index.npy")}
+        files = {name: meta["files"][name] for name in (f"{split}.bin", f"{split}_doc_index.npy")}
+        sizes = {name: file["bytes"] for name, file in files.items()}
+        if not (isinstance(meta["max_id"], int) and meta["tokenizer"] in TOKENIZERS):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder / 'meta.json'} cannot be read: {REMAKE}") from None
     for name, size in sizes.items():
-        if not (folder / name).exists() or (folder / name).stat().st_size != size:
-            raise InputError(f"{folder / name} does not match its meta.json: {REMAKE}")
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size:
+            raise InputError(f"{path} does not match its meta.json: {REMAKE}")
+        if size <= VERIFIED_BYTES and sha256_of(path) != files[name]["sha256"]:
+            raise InputError(f"{path} does not match its meta.json: {REMAKE}")
     path = folder / f"{split}.bin"
     return TokenFile(path, meta, np.memmap(path, dtype="<u2", mode="r"))
 
@@ -1002,7 +1018,8 @@ def context_cache(model: Any, file: TokenFile, settings: PrepSettings) -> Contex
                 print(f"stale: {old.with_suffix('.bin')} is of other {what}")
             print(f"building {path}", flush=True)
             build_contexts(path, model, file, settings)
-            path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            with replacing(path.with_suffix(".json")) as out:
+                out.write(json.dumps(record, indent=1).encode())
             for old in stale:  # nothing can ask for them again
                 old.unlink()
                 old.with_suffix(".bin").unlink(missing_ok=True)
@@ -1057,9 +1074,14 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: PrepSettin
         out.truncate(done // stride * row_bytes)
         check_space(path, (num_tokens - done) // stride * row_bytes)
         states = last_row(out, row_bytes).to(table.device).split(widths)
+        first = torch.from_numpy(file.tokens[:chunk_tokens].astype(np.int64)).to(table.device)
         rows = table.new_empty(min(chunk_tokens, num_tokens), sum(widths))  # of one chunk
         columns = rows.split(widths, dim=1)
-        block_runs = [BlockRun(*parts, table, settings) for parts in zip(blocks, states, columns, strict=True)]
+        block_runs = [BlockRun(*parts, table, settings) for parts in zip(blocks, columns, strict=True)]
+        for block_run, state in zip(block_runs, states, strict=True):
+            if done:  # what the first chunk shows decides over all others, interrupted or not
+                block_run.fill(first)
+            block_run.state = state
         with tqdm(initial=done, total=num_tokens, unit=" tokens", unit_scale=True, mininterval=1) as bar:
             for start in range(done, num_tokens, chunk_tokens):
                 chunk = file.tokens[start : start + chunk_tokens].astype(np.int64)
@@ -1070,6 +1092,8 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: PrepSettin
                         block_run.check_stride(ids, stride)
                 out.write(rows[stride - 1 : len(chunk) : stride].cpu().contiguous().numpy().data)
                 bar.update(len(chunk))
+        out.flush()
+        os.fsync(out.fileno())
     path.with_suffix(".partial").replace(path)
     for block_run in block_runs:
         if block_run.num_lanes:
@@ -1099,18 +1123,18 @@ class BlockRun:
     it is not, it is run again from there.
     """
 
-    def __init__(self, block: ContextBlock, state: Tensor, rows: Tensor, table: Tensor, settings: PrepSettings) -> None:
+    def __init__(self, block: ContextBlock, rows: Tensor, table: Tensor, settings: PrepSettings) -> None:
         self.block, self.settings = block, settings
-        self.state = state  # (E,), after the last chunk
+        self.state = table.new_zeros(block.context_dim)  # (E,), after the last chunk
         self.rows = rows  # (chunk_tokens, E), of the current chunk
         self.halves = block.token_half(table)  # (V, ...), of every token that there is
-        self.forgets = True  # until shown otherwise
+        self.forgets: bool | None = None  # the first chunk shows it
         self.num_lanes, self.num_run_again, self.largest_gap = 0, 0, 0.0
 
     def fill(self, ids: Tensor) -> None:
         """The contexts of the next tokens (n,), into the first n rows."""
         n, done = len(ids), 0
-        if self.settings.method == "lanes" and self.forgets:
+        if self.settings.method == "lanes" and self.forgets is not False:
             done = self.in_lanes(ids)
         before = self.rows[done - 1] if done else self.state
         self.state = self.in_order(ids[None, done:], before[None], self.rows[None, done:n])[0]
@@ -1140,11 +1164,13 @@ class BlockRun:
         starts = torch.cat([self.state[None], begun])  # (L, E)
         self.in_order(lanes, starts, rows)
         self.num_lanes += L
-        if self.close_seams(lanes, starts, rows):
-            return L * T
-        self.forgets = False
-        tqdm.write(f"a difference outlives {T:,} tokens: one token after the other from here on")
-        return 0
+        has_met = self.close_seams(lanes, starts, rows)
+        if self.forgets is None:
+            self.forgets = has_met
+        if not has_met:
+            stretch = "this chunk" if self.forgets else "the whole stream"
+            tqdm.write(f"a difference outlives {T:,} tokens: one token after the other over {stretch}")
+        return L * T * has_met
 
     def close_seams(self, lanes: Tensor, starts: Tensor, rows: Tensor) -> bool:
         """Run lanes again until each starts from where the one before ends; False if a round brings them no closer."""
@@ -1253,7 +1279,7 @@ def exact_contexts(block: ContextBlock, table: Tensor, tokens: Tensor) -> Tensor
     making = PrepSettings()
     contexts = torch.empty(len(tokens), block.context_dim)
     rows = table.new_empty(making.chunk_tokens, block.context_dim)
-    block_run = BlockRun(block, table.new_zeros(block.context_dim), rows, table, making)
+    block_run = BlockRun(block, rows, table, making)
     for ids, out in zip(tokens.split(making.chunk_tokens), contexts.split(making.chunk_tokens), strict=True):
         block_run.fill(ids.to(table.device))
         out.copy_(rows[: len(ids)])

@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from configurator import replacing
+
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
 SHOWN_LENGTH = "2048"  # tokens at which the tables show caches
 SAME_CONFIG = ("seed", "out_dir", "overwrite", "device", "data_dir")  # settings in which runs of one config may differ
@@ -315,7 +317,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     from pictures import draw_pictures  # matplotlib is slow to import, and training needs the tables alone
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(results, indent=2).encode())
     runs = [{**run, "learning_curve": learning_curve(run)} for run in results["runs"]]
     configs = group_runs(runs)
     (folder / "report.md").write_text(report_page(results, configs, draw_pictures(configs, folder)))

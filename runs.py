@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from configurator import InputError, Job, model_args, pick_device, read_checkpoint
+from configurator import InputError, Job, make_folder, model_args, pick_device, read_checkpoint, replacing
 
 NOT_COMPARED = ("out_dir", "overwrite", "device", "context_stride")  # settings that may differ when a run goes on
 
@@ -104,10 +105,17 @@ class RunFolder:
 
     def open(self, job: Job) -> None:
         """Make the folder, lock it, refuse another run's."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self.take_lock()
         if (self.path / "ckpt.pt").exists() and not job.settings.overwrite:
             self.compare(job)
+
+    def leave(self) -> None:
+        """Give up the lock; a folder that nothing was written to goes with it."""
+        if self.lock.is_locked:
+            if [path.name for path in self.path.iterdir()] == [".lock"]:
+                shutil.rmtree(self.path)
+            self.lock.release()
 
     def begin(self, job: Job, goes_on_from: int | None) -> None:
         """Write the settings; a new run takes the place of what is there, one that goes on drops what it does again."""
@@ -150,28 +158,14 @@ class RunFolder:
         """Write a checkpoint under each of the names. Raises OSError if the disk is full."""
         for name in names:
             try:
-                with self.replacing(name) as file:
+                with replacing(self.path / name) as file:
                     torch.save(checkpoint, file)
             except RuntimeError as error:  # torch's writer stumbles over a failed write once more
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        with self.replacing(name) as file:
+        with replacing(self.path / name) as file:
             file.write((json.dumps(value, indent=2) + "\n").encode())
-
-    @contextlib.contextmanager
-    def replacing(self, name: str) -> Iterator[Any]:
-        """A file opened under a temporary name that takes the place of the old one once it is complete on the disk."""
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def log(self, entry: dict[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a") as file:
@@ -182,7 +176,7 @@ class RunFolder:
         path = self.path / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        with self.replacing("log.jsonl") as file:
+        with replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
 

@@ -54,6 +54,8 @@ def main() -> None:
     model = model.to(pick_device(settings.device)).eval()
     input_major(model)
     tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"] if checkpoint else "neox", settings.data_dir)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise InputError(f"{sources[0]} has {model.config.vocab_size} rows for the {tokenizer.n_vocab} tokens of text")
     prompt = tokenizer.encode(settings.prompt) or [tokenizer.end_of_text]
     idx = torch.tensor([prompt], device=next(model.parameters()).device)
     torch.manual_seed(settings.seed)

@@ -807,7 +807,8 @@ def main() -> None:
     job = parse_train(sys.argv[1:])
     folder = RunFolder(Path(job.settings.out_dir or Path("out", job.name)))
     train_phase = train_context_blocks if job.settings.phase == "phase1" else train_language_model
-    with open_world(job.settings.device) as world:
+    with open_world(job.settings.device) as world, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(folder.leave)
         received = train_phase(job, folder, world)
     if received:
         sys.exit(128 + received)

@@ -14,6 +14,17 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="decodes of 100,000 tokens, half an hour's soak")
+    parser.addoption("--kills", type=int, default=2, help="how often tests/test_crash.py kills each command")
+
+
+@pytest.fixture
+def is_long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long forms of the tests are asked for."""
+    return bool(request.config.getoption("--long"))
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with a small set, 'own', of this project's own files."""

@@ -149,20 +149,3 @@ def losses(folder: Path) -> torch.Tensor:
     found = torch.tensor([loss for entry in entries for loss in entry.get("losses", [])])
     assert found.shape == (4,)
     return found
-
-
-@pytest.mark.parametrize(
-    ("config", "words", "message"),
-    [
-        ("phase2.py", ["--context_stride=0"], "context_stride=0 has to be at least 1"),
-        ("phase2.py", ["--init_from=scratch"], "init_from has to name a run of phase 1"),
-        ("phase2.py", ["--init_from=config/nothing.py"], "out/nothing is missing; make it with: python train.py"),
-        ("pythia.py", ["--phase=phase1"], "model='pythia' has no ContextBlock"),
-    ],
-)
-def test_a_phase_without_what_it_needs_is_refused(
-    config: str, words: list[str], message: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = [f"--data_dir={data_dir}", "--dataset=own", "--device=cpu", f"--out_dir={tmp_path / 'run'}"]
-    with pytest.raises(InputError, match=message):
-        run(monkeypatch, config, *words, *data)

@@ -339,26 +339,6 @@ def test_the_commands_of_the_readme(arguments: list[str], data_dir: Path, tmp_pa
     assert "--kv_dim=128 (int)" in type_in("train.py", "--help")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["train.py", "config/mla_kv128.py", "--kv_dmi=8"], "did you mean 'kv_dim'?"),
-        (["train.py", "config/nothing.py"], "no config file config/nothing.py"),
-        (["train.py", "--compile=perhaps"], "compile='perhaps' has to be bool or None"),
-        (["eval.py"], "name at least one run"),
-        (["eval.py", "out/none"], "out/none"),
-        (["sample.py", "LICENSE"], "LICENSE cannot be read"),
-        (["prep.py", "--dataset=nothing"], "unknown dataset nothing"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(words: list[str], message: str) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
 def test_a_full_disk_keeps_the_old_checkpoint(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

