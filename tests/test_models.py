@@ -216,3 +216,27 @@ def test_starting_from_a_baseline_reports_every_tensor(name: str) -> None:
     assert set(report.values()) <= {"copied", "converted", "new"}
     assert all(torch.equal(mine[k], theirs[k]) for k, how in report.items() if how == "copied")
     assert report["embed_in.weight"] == "copied"
+
+
+@every_model
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 1.2e-3)])
+def test_autocast_stays_near_float32(name: str, dtype: torch.dtype, bound: float) -> None:
+    """Relative difference of all logits; the loss, a mean, is ten times nearer."""
+    model, idx = make_model(name), make_tokens()
+    targets = idx.roll(-1, dims=1)
+    exact, exact_loss = model(idx, targets)
+    with torch.autocast("cpu", dtype):
+        rough, loss = model(idx, targets)
+    assert 0 < (rough.float() - exact).norm() / exact.norm() < bound
+    assert abs(loss / exact_loss - 1) < bound / 10
+
+
+@torch.no_grad()
+def test_a_long_decode_with_a_constant_state_equals_the_full_pass(is_long: bool) -> None:
+    """Token by token through the cascade's cache: 1,000 tokens, 100,000 with --long."""
+    model, length = make_model("cascade"), 100_000 if is_long else 1_000
+    idx = torch.randint(SMALL["vocab_size"], (1, length), generator=torch.Generator().manual_seed(2))
+    cache = model.init_cache(1, length)
+    decoded = torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
+    assert decoded.isfinite().all()
+    torch.testing.assert_close(decoded, model(idx)[0], atol=1e-4, rtol=0)
