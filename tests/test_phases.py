@@ -16,6 +16,7 @@ from model_context import oacd_iteration
 ROOT = Path(__file__).parents[1]
 NARROW = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--context_dim=8"]
 PHASE_1 = ["--num_tokens=2000", "--batch_size=500", "--max_iterations=9", "--checkpoint_interval=2"]
+YOUNG = [*PHASE_1, "--max_iterations=1"]  # a block that forgets, which one of 8 numbers need not do later
 PHASE_2 = ["--block_size=32", "--gradient_accumulation_steps=1", "--max_iters=4", "--eval_interval=2", "--eval_iters=1"]
 
 
@@ -97,23 +98,22 @@ def test_a_run_of_phase_1_is_not_scored_as_a_language_model(
 def test_phase_2_reads_the_exact_contexts_of_its_windows(
     stride: int, here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(monkeypatch, "phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
-    batches: list[tuple[Any, dict[str, torch.Tensor]]] = []
+    run(monkeypatch, "phase1.py", *here, *YOUNG, f"--out_dir={tmp_path / 'one'}")
+    batches: list[tuple[train.Phase2Trainer, int, dict[str, torch.Tensor]]] = []
     training_batch = train.Phase2Trainer.training_batch
 
     def recorded(self: train.Phase2Trainer, numbers: Any) -> dict[str, torch.Tensor]:
-        batches.append((self, training_batch(self, numbers)))
-        return batches[-1][1]
+        batches.append((self, self.windows.starts(numbers)[0], training_batch(self, numbers)))
+        return batches[-1][-1]
 
     monkeypatch.setattr(train.Phase2Trainer, "training_batch", recorded)
     monkeypatch.setattr(train.LMTrainer, "finish", lambda self: None)
     words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", f"--out_dir={tmp_path / 'two'}"]
     run(monkeypatch, "phase2.py", *words, f"--context_stride={stride}")
-    trainer, batch = batches[-1]
-    stream = torch.from_numpy(trainer.train_data.tokens[:].astype("int64"))
-    window = batch["idx"][0]
-    starts = [s for s in range(len(stream) - 32) if torch.equal(stream[s : s + 32], window)]
-    exact = trainer.model.context_block.recurrence(trainer.model.embed_in(stream[: starts[0] + 32])[None], None)[0]
+    trainer, start, batch = batches[-1]
+    stream = torch.from_numpy(trainer.train_data.tokens[: start + 32].astype("int64"))
+    assert torch.equal(stream[start:], batch["idx"][0])
+    exact = trainer.model.context_block.recurrence(trainer.model.embed_in(stream)[None], None)[0]
     torch.testing.assert_close(batch["contexts"][0], exact[-32:].detach(), atol=1e-5, rtol=0)
 
 
@@ -121,7 +121,7 @@ def test_phase_2_learns_the_same_from_one_context_in_so_many(
     here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows of 32 tokens, one context kept per 50. The run that is compared is cut off with the full cache."""
-    run(monkeypatch, "context_kv_phase1.py", *here, *PHASE_1, f"--out_dir={tmp_path / 'one'}")
+    run(monkeypatch, "context_kv_phase1.py", *here, *YOUNG, f"--out_dir={tmp_path / 'one'}")
     words = [*here, *PHASE_2, f"--init_from={tmp_path / 'one'}", "--dtype=float32", "--warmup_iters=0"]
     monkeypatch.setattr(train.LMTrainer, "finish", lambda self: None)
     run(monkeypatch, "context_kv_phase2.py", *words, f"--out_dir={tmp_path / 'full'}")
