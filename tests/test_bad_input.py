@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import checkpoint_of
 from safetensors.torch import save_file
 from test_pythia import Malicious, truncate
 from test_train import ROOT, SHORT, TINY, run_training
@@ -111,17 +112,7 @@ SMALL = {"vocab_size": 31, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "
 
 def small_checkpoint(**changes: Any) -> dict[str, Any]:
     """What a run of a tiny baseline saves, as far as others read it."""
-    return {
-        "model": PythiaModel(PythiaConfig(**SMALL)).state_dict(),
-        "model_args": SMALL,
-        "iter_num": 3,
-        "config": {"model": "pythia", "phase": "lm", "dataset": "own", "block_size": 32, "seed": 1},
-        "data": {"tokenizer": "neox"},
-        "parents": [],
-        "tokens_seen": 96,
-        "commit": "",
-        **changes,
-    }
+    return checkpoint_of("pythia", PythiaModel(PythiaConfig(**SMALL)), **{"model_args": SMALL, **changes})
 
 
 def save(make: Callable[[Path], Any]) -> Damage:

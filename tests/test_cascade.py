@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import checkpoint_of
 from torch import Tensor
 
 import model_cascade
@@ -267,12 +268,7 @@ def write_run(folder: Path, tokenizer: str = "neox") -> PythiaModel:
     """What a trained baseline, 12 wide, leaves behind."""
     model = PythiaModel(PythiaConfig(hidden_size=12, num_layers=1, num_heads=1, intermediate_size=8, rotary_pct=0.5))
     folder.mkdir()
-    checkpoint = {
-        "model": model.state_dict(), "model_args": model_args(model.config), "iter_num": 5, "parents": [],
-        "config": {"model": "pythia", "phase": "lm", "dataset": "own", "seed": 1}, "tokens_seen": 1234,
-        "data": {"tokenizer": tokenizer}, "commit": "",
-    }  # fmt: skip
-    torch.save(checkpoint, folder / "ckpt.pt")
+    torch.save(checkpoint_of("pythia", model, data={"tokenizer": tokenizer}, tokens_seen=1234), folder / "ckpt.pt")
     return model
 
 

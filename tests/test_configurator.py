@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from conftest import checkpoint_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -250,16 +251,7 @@ SMALL = {"vocab_size": 31, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "
 def make_run(folder: Path, name: str) -> dict[str, Any]:
     """A run folder with ckpt.pt; returns what it holds."""
     config = MODELS[name][0](**SMALL, **({"kv_dim": 8} if name == "mla" else {}))
-    checkpoint = {
-        "model": build_model(name, config).state_dict(),
-        "model_args": model_args(config),
-        "iter_num": 3,
-        "config": {"model": name, "phase": "lm", "dataset": "own", "seed": 1},
-        "data": {"tokenizer": "neox"},
-        "parents": [],
-        "tokens_seen": 96,
-        "commit": "",
-    }
+    checkpoint = checkpoint_of(name, build_model(name, config))
     folder.mkdir(exist_ok=True)
     torch.save(checkpoint, folder / "ckpt.pt")
     return checkpoint

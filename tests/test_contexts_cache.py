@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import checkpoint_of
 from torch import nn
 
 import prep
-from configurator import MODELS, InputError, PrepSettings, model_args
+from configurator import MODELS, InputError, PrepSettings
 from model_context import ContextBlock, ContextKVConfig, ContextPythiaConfig, ContextPythiaModel
 
 VOCAB, WIDTH = 300, 64
@@ -387,17 +388,7 @@ def test_of_two_builders_the_second_reads(build: Build, capfd: pytest.CaptureFix
 
 def write_run(folder: Path, name: str, model: Any) -> Path:
     folder.mkdir()
-    checkpoint = {
-        "model": model.state_dict(),
-        "model_args": model_args(model.config),
-        "iter_num": 1,
-        "config": {"model": name, "phase": "phase1", "dataset": "notes", "seed": 1},
-        "data": {"tokenizer": "neox"},
-        "parents": [],
-        "tokens_seen": 0,
-        "commit": "",
-    }
-    torch.save(checkpoint, folder / "ckpt.pt")
+    torch.save(checkpoint_of(name, model), folder / "ckpt.pt")
     return folder
 
 
@@ -415,7 +406,7 @@ def write_set(folder: Path) -> Path:
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """stage('--key=value', ...) runs the command on a data folder of its own."""
-    write_set(tmp_path / "data" / "notes")
+    write_set(tmp_path / "data" / "own")
 
     def main(*options: str) -> None:
         data = f"--data_dir={tmp_path / 'data'}"
@@ -430,11 +421,11 @@ def test_the_command_makes_both_splits_of_the_runs_dataset(
 ) -> None:
     run = write_run(tmp_path / "run", "context", ContextPythiaModel(ContextPythiaConfig(**SHAPE, context_dim=24)))
     stage(f"--init_from={run}")
-    files = (tmp_path / "data" / "notes").glob("contexts_*.bin")
+    files = (tmp_path / "data" / "own").glob("contexts_*.bin")
     sizes = {path.stem.rpartition("_")[2]: path.stat().st_size for path in files}
     assert sizes == {"train": 500 * 24 * 4, "val": 130 * 24 * 4}
     capsys.readouterr()
-    stage(f"--init_from={run}", "--dataset=notes")
+    stage(f"--init_from={run}", "--dataset=own")
     assert capsys.readouterr().out.count("reading") == 2
 
 

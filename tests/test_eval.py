@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import checkpoint_of
 
 import eval as evaluation
 from benchmarks import evaluate_lambada
-from configurator import EvalSettings, InputError, LMSettings, model_args
+from configurator import EvalSettings, InputError, LMSettings
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import effective_rank
 from prep import Document, load_tokenizer, load_tokens
@@ -41,16 +42,13 @@ def options(data_dir: Path, tmp_path: Path) -> list[str]:
 def save_run(folder: Path, model: PythiaModel, data_dir: Path, **changes: Any) -> str:
     """A run's folder, as train.py leaves it."""
     files = {split: load_tokens(data_dir / "own", split).digest for split in ("train", "val")}
-    checkpoint = {
-        "model": model.state_dict(),
-        "model_args": model_args(model.config),
-        "iter_num": 3,
-        "config": asdict(LMSettings(dataset="own", block_size=32)),
-        "data": {"tokenizer": "neox", "train_sha256": files["train"], "val_sha256": files["val"]},
-        "parents": [],
-        "commit": "",
-        "tokens_seen": 384,
-    }
+    checkpoint = checkpoint_of(
+        "pythia",
+        model,
+        config=asdict(LMSettings(dataset="own", block_size=32)),
+        data={"tokenizer": "neox", "train_sha256": files["train"], "val_sha256": files["val"]},
+        tokens_seen=384,
+    )
     folder.mkdir()
     torch.save({**checkpoint, **changes}, folder / "ckpt.pt")
     return str(folder)
