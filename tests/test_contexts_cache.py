@@ -1,8 +1,10 @@
 """The context cache: exact by either method, never half, never of other weights or tokens."""
 
+import functools
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import checkpoint_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import prep
@@ -51,7 +55,10 @@ def make_model(*blocks: ContextBlock) -> Any:
 
 
 def make_tokens(folder: Path, num_tokens: int, seed: int = 2) -> prep.TokenFile:
-    tokens = np.random.default_rng(seed).integers(VOCAB, size=num_tokens, dtype=np.uint16)
+    return token_file(folder, np.random.default_rng(seed).integers(VOCAB, size=num_tokens, dtype=np.uint16))
+
+
+def token_file(folder: Path, tokens: np.ndarray) -> prep.TokenFile:
     path = folder / "train.bin"
     tokens.tofile(path)
     meta = {"files": {path.name: {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}}, "max_id": VOCAB - 1}
@@ -70,9 +77,8 @@ def build(tmp_path: Path) -> Build:
 
 
 @torch.no_grad()
-def plain_loop(block: ContextBlock, model: Any, file: prep.ContextFile) -> np.ndarray:
+def plain_loop(block: ContextBlock, model: Any, tokens: np.ndarray) -> np.ndarray:
     """The contexts by calls of the module, token by token from zero."""
-    tokens = np.fromfile(file.path.with_name("train.bin"), dtype=np.uint16)
     c, contexts = torch.zeros(1, block.context_dim), []
     for token in tokens.tolist():
         c = block(c, model.embed_in.weight[token : token + 1])
@@ -80,8 +86,12 @@ def plain_loop(block: ContextBlock, model: Any, file: prep.ContextFile) -> np.nd
     return torch.stack(contexts).numpy()
 
 
+def tokens_of(file: prep.ContextFile) -> np.ndarray:
+    return np.fromfile(file.path.with_name("train.bin"), dtype=np.uint16)
+
+
 def error(model: Any, file: prep.ContextFile) -> float:
-    expected = np.concatenate([plain_loop(block, model, file) for block in model.context_blocks], axis=1)
+    expected = np.concatenate([plain_loop(block, model, tokens_of(file)) for block in model.context_blocks], axis=1)
     assert file.contexts.shape == expected.shape
     return float(np.abs(file.contexts - expected).max())
 
@@ -93,25 +103,48 @@ def names(folder: Path) -> set[str]:
 # ------------------------------------------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 49, 99, 100, 101, 149, 400, 799, 800, 801, 899, 907, 1600, 2345])
-def test_lanes_are_the_plain_loop_at_every_edge(build: Build, num_tokens: int) -> None:
-    """Fewer tokens than lanes, than two overlaps, than a chunk; lanes that do and do not come out even."""
-    model = make_model(make_block())
-    assert error(model, build(model, num_tokens)) < 1e-5
+STREAM = np.random.default_rng(4).integers(VOCAB, size=2500, dtype=np.uint16)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 799, 800, 801])
-def test_sequential_is_the_plain_loop(build: Build, num_tokens: int) -> None:
-    model = make_model(make_block())
-    assert error(model, build(model, num_tokens, method="sequential")) < 1e-5
+@functools.cache
+def plain_contexts() -> tuple[Any, np.ndarray]:
+    """A model of two blocks, one that forgets slowly and one of two layers; their contexts of STREAM, plainly."""
+    deep = ContextBlock(WIDTH, 40, 2, 1e-5, "normal", embed_norm=True).requires_grad_(False)
+    model = make_model(slow_block(), deep)
+    return model, np.concatenate([plain_loop(block, model, STREAM) for block in model.context_blocks], axis=1)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("lanes", 1), ("lanes", 800), ("overlap", 1), ("overlap", 799), ("chunk_tokens", 1)]
+@settings(max_examples=25, deadline=None)
+@given(
+    num_tokens=st.integers(1, len(STREAM)) | st.integers(790, 810),
+    cut=st.fixed_dictionaries({"lanes": st.integers(1, 800), "overlap": st.integers(1, 800)}),
+    chunk_tokens=st.integers(20, 2600) | st.just(800),
+    stride=st.just(1) | st.integers(1, 300),
+    method=st.sampled_from(["lanes", "lanes", "sequential"]),
+    wanted=st.lists(st.integers(0, len(STREAM) - 1), min_size=1, max_size=60),
 )
-def test_any_cut_gives_the_same(build: Build, key: str, value: int) -> None:
-    model = make_model(make_block())
-    assert error(model, build(model, 1203, **{key: value})) < 1e-5
+@example(1, {"lanes": 8, "overlap": 50}, 800, 1, "lanes", [0])
+@example(99, {"lanes": 8, "overlap": 50}, 800, 99, "lanes", [0, 98, 0])  # less than two overlaps
+@example(801, {"lanes": 8, "overlap": 50}, 800, 7, "lanes", [800, 799, 6, 7])  # a last chunk of one token
+@example(1203, {"lanes": 1, "overlap": 1}, 800, 1, "lanes", [1202])
+@example(1203, {"lanes": 8, "overlap": 799}, 800, 400, "lanes", [399, 400, 401])
+@example(70, {"lanes": 8, "overlap": 1}, 1, 1, "lanes", [69])
+def test_any_cut_gives_the_plain_loop(
+    num_tokens: int, cut: dict[str, Any], chunk_tokens: int, stride: int, method: Any, wanted: list[int]
+) -> None:
+    """Whatever the lanes, overlaps, chunks and stride, and whichever positions are read: windows, one by one, twice."""
+    model, expected = plain_contexts()
+    stride = min(stride, chunk_tokens, num_tokens)
+    positions = np.array(wanted) % num_tokens
+    making = PrepSettings(chunk_tokens=chunk_tokens, context_stride=stride, method=method, init_from="run", **cut)
+    with tempfile.TemporaryDirectory() as folder:
+        file = token_file(Path(folder), STREAM[:num_tokens])
+        cache = prep.context_cache(model, file, making)
+        assert cache.contexts.shape == (num_tokens // stride, WIDTH + 40)
+        assert np.abs(cache.contexts - expected[:num_tokens][stride - 1 :: stride]).max() < 1e-5
+        given_back = prep.ContextReader(model, file, cache).at(positions)
+    assert not given_back.requires_grad
+    assert np.abs(given_back.numpy() - expected[positions]).max() < 1e-5
 
 
 def test_lanes_of_a_forgetful_block_are_not_run_again(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +182,7 @@ def test_two_blocks_stand_side_by_side(build: Build) -> None:
     mixed = make_model(make_block(), expansive_block())
     file = build(mixed, 1703)
     alone = build(make_model(expansive_block()), 1703, method="sequential", init_from="out/other")
-    assert np.abs(file.contexts[:, :WIDTH] - plain_loop(mixed.context_blocks[0], mixed, file)).max() < 1e-5
+    assert np.abs(file.contexts[:, :WIDTH] - plain_loop(mixed.context_blocks[0], mixed, tokens_of(file))).max() < 1e-5
     assert np.array_equal(file.contexts[:, WIDTH:], alone.contexts)
 
 
@@ -158,7 +191,7 @@ def test_the_models_read_what_the_cache_holds(build: Build, config_class: type[C
     model_class = next(model for config, model in MODELS.values() if config is config_class)
     model = model_class(config_class(**SHAPE, context_dim=WIDTH))
     file = build(model, 200)
-    idx = torch.from_numpy(np.fromfile(file.path.with_name("train.bin"), dtype=np.uint16).astype(np.int64))[None]
+    idx = torch.from_numpy(tokens_of(file).astype(np.int64))[None]
     with torch.no_grad():
         expected, _ = model(idx)
         given, _ = model(idx, contexts=torch.from_numpy(np.array(file.contexts))[None])
@@ -169,32 +202,7 @@ def test_the_models_read_what_the_cache_holds(build: Build, config_class: type[C
 
 
 def reader(model: Any, file: prep.ContextFile) -> prep.ContextReader:
-    tokens = np.memmap(file.path.with_name("train.bin"), dtype=np.uint16, mode="r")
-    return prep.ContextReader(model, prep.TokenFile(file.path, {}, tokens), file)
-
-
-@pytest.mark.parametrize(("stride", "method"), [(2, "lanes"), (7, "lanes"), (256, "sequential"), (800, "lanes")])
-def test_a_sparse_cache_is_one_row_in_so_many_of_the_full_one(build: Build, stride: int, method: str) -> None:
-    """Over several chunks, the last of them not whole."""
-    model = make_model(make_block())
-    full, sparse = build(model, 1700), build(model, 1700, context_stride=stride, method=method)
-    assert sparse.path.stat().st_size == 1700 // stride * WIDTH * 4
-    assert np.abs(sparse.contexts - full.contexts[stride - 1 :: stride]).max() < 1e-5
-
-
-@pytest.mark.parametrize("stride", [1, 2, 7, 64, 800])
-def test_contexts_run_again_are_those_of_the_full_cache(build: Build, stride: int) -> None:
-    """Windows that begin and end anywhere, some in the same segment; and positions one by one, the last ones too."""
-    deep = ContextBlock(WIDTH, 40, 2, 1e-5, "normal", embed_norm=True).requires_grad_(False)
-    model = make_model(make_block(), deep)
-    full = build(model, 1700).contexts
-    contexts = reader(model, build(model, 1700, context_stride=stride))
-    for starts, width in (([0, 1, 63, 64, 65, 70, 1400], 300), ([1699, 0, 1599, 1600, 5, 5], 1), ([511], 2)):
-        positions = np.array(starts)[:, None] + np.arange(width)
-        given = contexts.at(positions)
-        assert given.shape == (len(starts), width, WIDTH + 40)
-        assert not given.requires_grad
-        assert np.abs(given.numpy() - full[positions]).max() < 1e-5
+    return prep.ContextReader(model, prep.TokenFile(file.path, {}, tokens_of(file)), file)
 
 
 def test_a_segment_is_run_no_further_than_wanted(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_train import ROOT, TINY, PowerCut, losses, run_training, weights
 
 import eval as evaluation
 import sampler
 import train
 from configurator import MODELS, InputError, build_model, read_checkpoint, rebuild_model
-from prep import TokenFile, load_tokens
+from prep import INDEX_DTYPE, TokenFile, load_tokens
 from report import format_comparison
 
 BLOCK, STRETCH = 32, 128
@@ -60,17 +62,38 @@ def split_documents(data: TokenFile) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------------------- the order of the data
 
 
-def test_a_row_walks_through_one_stretch_of_one_document(data_dir: Path) -> None:
-    data = load_tokens(data_dir / "own", "train")
-    stretches = sampler.Stretches(data, STRETCH, BLOCK, rows=5, seed=0)
-    per_epoch = sum((len(document) - 1) // STRETCH for document in split_documents(data))
-    turns = math.ceil(2 * per_epoch / 5)
-    starts = stretches.starts(np.arange(turns * 4 * 5)).reshape(turns, 4, 5)
-    assert (np.diff(starts, axis=1) == BLOCK).all()
-    begins = starts[:, 0].ravel()
-    assert not any(data.tokens[begin + 1 : begin + STRETCH].tolist().count(0) for begin in begins)
-    assert len(set(begins[:per_epoch])) == len(set(begins[per_epoch : 2 * per_epoch])) == per_epoch
-    assert list(begins[:per_epoch]) != list(begins[per_epoch : 2 * per_epoch])
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=30),
+    block_size=st.integers(1, 8),
+    windows=st.integers(1, 5),
+    rows=st.integers(1, 7),
+    seed=st.integers(0, 2**40),
+)
+def test_a_row_walks_through_one_stretch_of_one_document(
+    lengths: list[int], block_size: int, windows: int, rows: int, seed: int
+) -> None:
+    """Documents are runs of 1, after and before a 0; every stretch that lies whole in one comes once an epoch."""
+    stretch = block_size * windows
+    tokens = np.array([0, *(token for length in lengths for token in [1] * length + [0])], dtype=np.uint16)
+    data = TokenFile(Path("train.bin"), {}, tokens)
+    begins = np.cumsum([0, *(length + 1 for length in lengths[:-1])])
+    data.__dict__["doc_index"] = np.array([(begin, 0) for begin in begins], dtype=INDEX_DTYPE)
+    per_epoch = sum((length + 1) // stretch for length in lengths)
+    if not per_epoch:
+        with pytest.raises(InputError, match="no training document has"):
+            sampler.Stretches(data, stretch, block_size, rows, seed)
+        return
+    stretches = sampler.Stretches(data, stretch, block_size, rows, seed)
+    turns = math.ceil(2 * per_epoch / rows)
+    starts = stretches.starts(np.arange(turns * windows * rows)).reshape(turns, windows, rows)
+    assert (np.diff(starts, axis=1) == block_size).all()
+    walked = starts[:, 0].ravel()
+    assert all(tokens[begin + 1 : begin + stretch].all() for begin in walked)
+    assert all(walked + stretch < len(tokens))
+    assert len(set(walked[:per_epoch])) == len(set(walked[per_epoch : 2 * per_epoch])) == per_epoch
+    if per_epoch > 20:
+        assert list(walked[:per_epoch]) != list(walked[per_epoch : 2 * per_epoch])
 
 
 @pytest.mark.parametrize(

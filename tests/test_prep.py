@@ -3,10 +3,14 @@
 import functools
 import io
 import json
+import random
 import re
 import subprocess
 import sys
+import tarfile
+import tempfile
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +22,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import prep
 from configurator import InputError, PrepSettings
@@ -66,7 +72,7 @@ def load_tokenizer() -> prep.Tokenizer:
 def read_documents(file: prep.TokenFile) -> Iterator[tuple[str, str]]:
     """(subset, text) of each document, through the doc index."""
     tokenizer = load_tokenizer()
-    ends = [*file.doc_index["start"][1:], len(file.tokens) - 1]
+    ends = [*file.doc_index["start"], len(file.tokens) - 1][1:]
     for (start, subset), end in zip(file.doc_index, ends, strict=True):
         assert file.tokens[start] == tokenizer.end_of_text
         yield file.meta["subsets"][subset], tokenizer.decode(file.tokens[start + 1 : end])
@@ -216,19 +222,44 @@ def test_the_four_formats_give_the_same_tokens(tmp_path: Path, data_dir: Path) -
     assert set(prep.load_tokens(made["txt"], "val").meta["splits"]["val"]["subsets"]) == {"txt"}
 
 
-def test_duplicates_are_dropped_and_adding_data_moves_nothing(make: Callable[..., Path]) -> None:
-    def splits(folder: Path) -> dict[str, str]:
-        files = [(split, prep.load_tokens(folder, split)) for split in prep.SPLITS]
-        found = [(text, split) for split, file in files for name, text in read_documents(file) if name == "notes"]
-        assert len(found) == len(dict(found))
-        return dict(found)
+def written(texts: list[str], settings: PrepSettings) -> dict[str, list[str]]:
+    """The documents of each split, in order, as prep.py writes them and its readers find them."""
+    tokenizer = load_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        source = prep.in_hash_order([{"text": text} for text in texts], settings.seed, {})
+        writer = prep.SetWriter(Path(folder), settings, tokenizer, source.documents)
+        writer.write(prep.encode_all(source, settings, tokenizer))
+        found = {}
+        for split in prep.SPLITS:
+            path = Path(folder, f"{split}.bin")
+            file = prep.TokenFile(path, {"subsets": list(writer.subsets)}, np.fromfile(path, dtype="<u2"))
+            found[split] = [text for _, text in read_documents(file)]
+    return found
 
-    few = splits(make(TEXTS[:100] + TEXTS[:50] + ["", " \n"]))
-    many = splits(make(TEXTS, overwrite=True))
-    assert set(few) == set(TEXTS[:100])
-    assert set(many) == set(TEXTS)
-    assert few.items() <= many.items()
-    assert splits(make(TEXTS, seed=7, overwrite=True)) != many
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=30),
+    more=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=10),
+    seed=st.integers(0, 2**40),
+    val_fraction=st.floats(0.05, 0.95),
+    chance=st.randoms(),
+)
+def test_a_document_is_in_one_split_once_wherever_it_came_from(
+    texts: list[str], more: list[str], seed: int, val_fraction: float, chance: random.Random
+) -> None:
+    """Duplicates and blank ones are dropped; neither the order nor other documents move one."""
+    making = PrepSettings(seed=seed, val_fraction=val_fraction, reversal_repeats=0, num_workers=1)
+    few = written(texts + texts[:5], making)
+    wanted = Counter(prep.normalize_nfc(text) for text in set(texts) if text.strip())
+    assert Counter(few["train"] + few["val"]) == wanted
+    many = texts + more
+    chance.shuffle(many)
+    for split, documents in written(many, making).items():
+        kept = Counter(few[split])
+        assert [text for text in documents if kept[text]] == few[split]
+    larger = replace(making, val_fraction=(1 + val_fraction) / 2)
+    assert set(few["val"]) <= set(written(texts, larger)["val"])
 
 
 def test_max_tokens_stops_early(make: Callable[..., Path]) -> None:
@@ -453,16 +484,30 @@ def test_no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         prep.fetch(ARCHIVE, tmp_path)
 
 
-def test_archive_members_have_a_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with prep.zipfile.ZipFile(tmp_path / "a.zip", "w") as file:  # type: ignore[attr-defined]
-        file.writestr("big", b"x" * 100)
-    with prep.tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:  # type: ignore[attr-defined]
-        for name, kind in {"d/big.txt": prep.tarfile.REGTYPE, "d/link.txt": prep.tarfile.SYMTYPE}.items():  # type: ignore[attr-defined]
-            member = prep.tarfile.TarInfo(name)  # type: ignore[attr-defined]
-            member.size, member.type, member.linkname = (100 if "big" in name else 0), kind, "/etc/passwd"
+MEMBERS = {
+    "d/big.txt": tarfile.REGTYPE,
+    "d/link.txt": tarfile.SYMTYPE,
+    "d/hard.txt": tarfile.LNKTYPE,
+    "d/device.txt": tarfile.CHRTYPE,
+    "../d/above.txt": tarfile.REGTYPE,
+    "/d/root.txt": tarfile.REGTYPE,
+}
+
+
+def test_archive_members_are_read_by_name_and_have_a_size_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in ("big", "../big", "/big"):
+            file.writestr(name, b"x" * 100)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for name, kind in MEMBERS.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = 100 * (kind == tarfile.REGTYPE), kind, "/etc/passwd"
             tar.addfile(member, io.BytesIO(b"x" * 100))
     assert list(prep.read_tar_members(tmp_path / "a.tar.gz", "d/*.txt")) == [b"x" * 100]
     assert prep.read_zip_member(tmp_path / "a.zip", "big") == b"x" * 100
+    assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "a.tar.gz"}  # nothing is unpacked
     monkeypatch.setattr(prep, "MAX_MEMBER_BYTES", 99)
     with pytest.raises(InputError, match="larger than 99 bytes"):
         list(prep.read_tar_members(tmp_path / "a.tar.gz", "d/*.txt"))
