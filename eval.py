@@ -601,8 +601,8 @@ def main() -> None:
     for row, (source, model, _) in zip(results, runs, strict=True):
         print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
         row |= evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device, texts)
+    print("\n\n".join([*warnings, format_comparison(results)]), flush=True)  # first: the disk may be full
     write_report({"block_size": block_size, "data": str(folder), "warnings": warnings, "runs": results}, out_dir)
-    print("\n\n".join([*warnings, format_comparison(results)]))
     print(f"\nwritten to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")
 
 

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from configurator import replacing
 from report import AFTER_FIRST, SHOWN_LENGTH, Config
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -76,16 +77,21 @@ def draw_pictures(configs: list[Config], folder: Path) -> dict[str, str]:
     drawn = {}
     with matplotlib.rc_context(LOOK):
         if len(points := [c for c in configs if {"val_ppl", "cache_bytes_per_token"} <= c.mean.keys()]) > 1:
-            draw_tradeoff(points).savefig(folder / "tradeoff.png")
+            save(draw_tradeoff(points), folder / "tradeoff.png")
             drawn["tradeoff.png"] = (
                 f"Validation PPL against cache bytes per token at {int(SHOWN_LENGTH):,} tokens. Filled and joined: the "
                 "best front, where nothing smaller is better."
             )
         for picture in LINE_PICTURES:
             if with_it := [c for c in configs if c.mean.get(picture.key)]:
-                draw_lines(picture, with_it).savefig(folder / picture.name)
+                save(draw_lines(picture, with_it), folder / picture.name)
                 drawn[picture.name] = picture.caption
     return drawn
+
+
+def save(figure: Figure, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file)
 
 
 # ------------------------------------------------------------------------------------------------- the trade-off

@@ -317,11 +317,13 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     from pictures import draw_pictures  # matplotlib is slow to import, and training needs the tables alone
 
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "results.json") as file:
-        file.write(json.dumps(results, indent=2).encode())
     runs = [{**run, "learning_curve": learning_curve(run)} for run in results["runs"]]
     configs = group_runs(runs)
-    (folder / "report.md").write_text(report_page(results, configs, draw_pictures(configs, folder)))
+    page = report_page(results, configs, draw_pictures(configs, folder))
+    with replacing(folder / "report.md") as file:
+        file.write(page.encode())
+    with replacing(folder / "results.json") as file:  # last: by it compare.py knows that the report is whole
+        file.write(json.dumps(results, indent=2).encode())
 
 
 def report_page(results: dict[str, Any], configs: list[Config], pictures: dict[str, str]) -> str:

@@ -90,6 +90,21 @@ def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> 
         assert (tmp_path / "compare" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("part", ["pictures.draw_pictures", "report.report_page"])
+def test_results_are_written_once_the_report_is_whole(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compare.py takes them for a sign of it."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(part, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report({"block_size": 512, "data": "data/own", "runs": make_runs()}, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_a_report_of_one_model_without_training_has_what_there_is(tmp_path: Path) -> None:
     name = "EleutherAI/pythia-70m"
     run = {"run": name, "model": "PythiaModel", "checkpoint": name, "val_ppl": 50.0}
