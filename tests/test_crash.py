@@ -1,4 +1,4 @@
-"""Every command killed by SIGKILL, before writes and at any moment, then started again.
+"""Every command killed by SIGKILL, before writes and at any moment, or out of disk; then started again.
 
     pytest tests/test_crash.py                      # a few kills per command
     pytest tests/test_crash.py --kills=100 -s       # as many as one likes, with a line per command
@@ -6,23 +6,28 @@
 A command is killed once just before a change on the disk (a file opened for writing, flushed, renamed or removed), the
 next time after a random while, and so on. After each kill every file that stands under its final name has to be whole,
 and no checkpoint goes back. Started again without a kill, the command ends with the results of one that was left alone.
+The disk is full where a file cannot grow beyond a limit; the command says so in one line.
 
 Processes are forked from one that has imported the scripts, so that a start costs little.
 """
 
+import functools
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -80,12 +85,17 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def play(words: list[str], folder: Path, kill_before: int, changes: Any) -> None:
-    """Run a command in a folder, in this process; killed before the change of that number on the disk."""
+def play(words: list[str], folder: Path, kill_before: int, room: int, changes: Any) -> None:
+    """Run a command in a folder, in this process; killed before the change of that number on the disk.
+
+    No file can grow beyond `room` bytes, if that is given: writing fails as it does on a full disk.
+    """
     os.chdir(folder)
     with open("output.txt", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if room < 0 else room, most))
     torch.set_num_threads(1)
     sys.argv = words
     module = importlib.import_module(Path(words[0]).stem)
@@ -111,10 +121,12 @@ def play(words: list[str], folder: Path, kill_before: int, changes: Any) -> None
     run(module.main)
 
 
-def start(words: list[str], folder: Path, kill_before: int = 0, seconds: float | None = None) -> tuple[int, int]:
+def start(
+    words: list[str], folder: Path, kill_before: int = 0, seconds: float | None = None, room: int = -1
+) -> tuple[int, int]:
     """Run a command, perhaps to be killed; returns its exit status, -9 if it was, and how often it changed the disk."""
     changes = processes.Value("i", 0, lock=False)
-    process = processes.Process(target=play, args=(words, folder, kill_before, changes))
+    process = processes.Process(target=play, args=(words, folder, kill_before, room, changes))
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -181,21 +193,42 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Whole(NamedTuple):
+    """A command that was left alone."""
+
+    before: Path  # the folder that it starts in
+    results: dict[str, Any]
+    largest: int  # bytes of the largest of its results
+    changes: int  # of the disk
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def left_alone(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    @functools.cache
+    def run_whole(name: str) -> Whole:
+        command, before, folder = COMMANDS[name], tmp_path_factory.mktemp("before"), tmp_path_factory.mktemp("whole")
+        renew(before, ready)
+        for needed in command.after:
+            assert start(COMMANDS[needed].words, before)[0] == 0
+        renew(folder, before)
+        started = time.monotonic()
+        status, changes = start(command.words, folder)
+        seconds = time.monotonic() - started
+        assert status == 0, (folder / "output.txt").read_text()
+        found = results(folder, command.results)
+        return Whole(before, found, max((folder / name).stat().st_size for name in found), changes, seconds)
+
+    return run_whole
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_ends_as_if_it_had_not_been(
-    name: str, ready: Path, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, left_alone: Callable[[str], Whole], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     command, kills, rng = COMMANDS[name], request.config.getoption("--kills"), random.Random(name)
-    before, folder = tmp_path / "before", tmp_path / "work"
-    renew(before, ready)
-    for needed in command.after:
-        assert start(COMMANDS[needed].words, before)[0] == 0
-    renew(folder, before)
-    started = time.monotonic()
-    status, changes = start(command.words, folder)
-    seconds = time.monotonic() - started
-    assert status == 0, (folder / "output.txt").read_text()
-    expected = results(folder, command.results)
+    before, expected, _, changes, seconds = left_alone(name)
+    folder = tmp_path / "work"
     renew(folder, before)
     survived, finished, moments = 0, 0, rng.sample(range(1, changes + 1), min(changes, (kills + 1) // 2))
     while survived < kills:
@@ -213,3 +246,27 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
             finished += 1
             renew(folder, before)
     print(f"{name}: {survived} kills survived, {finished} results compared, {changes} changes of the disk in a run")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_ends_a_command_with_one_line(
+    name: str, left_alone: Callable[[str], Whole], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Half the largest file has room, then another share of it; what stands is whole, and the run goes on from it."""
+    command, times, rng = COMMANDS[name], request.config.getoption("--kills"), random.Random(name)
+    whole, folder = left_alone(name), tmp_path / "work"
+    for share in [0.5, *(rng.uniform(0.2, 1) for _ in range(1, times))]:
+        renew(folder, whole.before)
+        (folder / "output.txt").unlink()  # it cannot grow any further either
+        old = results(folder, command.results)
+        status, _ = start(command.words, folder, room=int(share * whole.largest))
+        said = (folder / "output.txt").read_text()
+        assert status == 2, said
+        assert "Traceback" not in said
+        assert len(re.findall(r"^error: .*File too large", said, re.MULTILINE)) == 1, said
+        for path, value in results(folder, command.results).items():  # read as a whole, each of them
+            if path in whole.results and path.startswith(("data", "compare")):  # a run's go from state to state
+                assert value in (old.get(path), whole.results[path])
+        assert start(command.words, folder)[0] == 0, (folder / "output.txt").read_text()
+        assert results(folder, command.results) == whole.results
+    print(f"{name}: {times} full disks survived")
