@@ -918,7 +918,13 @@ class TokenFile:
     @cached_property
     def doc_index(self) -> npt.NDArray[np.void]:
         """A memmap with a record per document: `start`, where its leading end-of-text token is, and `subset`."""
-        index: npt.NDArray[np.void] = np.load(self.path.with_name(f"{self.path.stem}_doc_index.npy"), mmap_mode="r")
+        path = self.path.with_name(f"{self.path.stem}_doc_index.npy")
+        try:
+            index: npt.NDArray[np.void] = np.load(path, mmap_mode="r")
+            if index.dtype != INDEX_DTYPE:
+                raise ValueError
+        except (ValueError, EOFError):  # of pickled objects, say, which are never loaded
+            raise InputError(f"{path} is no document index: {REMAKE}") from None
         return index
 
 

@@ -105,6 +105,23 @@ SETS: dict[str, tuple[Damage, str]] = {
 }
 
 
+def store_as_index(make: Callable[[Path], Any]) -> Damage:
+    """Another index of the validation documents, and its digest in meta.json."""
+
+    def store(folder: Path) -> None:
+        np.save(folder / "val_doc_index.npy", np.array([make(folder)]), allow_pickle=True)
+        described = {"val_doc_index.npy": prep.describe(folder / "val_doc_index.npy")}
+        edit_meta(files=json.loads((folder / "meta.json").read_text())["files"] | described)(folder)
+
+    return store
+
+
+INDICES: dict[str, tuple[Damage, str]] = {
+    "malicious-index": (store_as_index(lambda folder: Malicious(folder / "executed")), "is no document index"),
+    "index-of-numbers": (store_as_index(lambda _: 1.5), "is no document index"),
+}
+
+
 # ------------------------------------------------------------------------------------------------------ damaged runs
 
 SMALL = {"vocab_size": 31, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
@@ -234,7 +251,7 @@ def workshop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "cache").symlink_to(ROOT / "data" / "cache")
     shutil.copytree(data_dir / "own", folder / "data" / "own")
-    damaged(folder / "data", SETS, data_dir / "own")
+    damaged(folder / "data", SETS | INDICES, data_dir / "own")
     (folder / "bare").mkdir()
     damaged(folder / "runs", RUNS, folder / "bare")
     PythiaModel(PythiaConfig(**SMALL)).save_pretrained(folder / "weights" / "good")
@@ -255,10 +272,10 @@ def workshop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         run_training(patch, "config/pythia.py", *shlex.split(NARROW), "--max_iters=1", "--out_dir=runs/pythia")
         run_training(patch, "config/phase1.py", *shlex.split(PHASE_1), "--out_dir=runs/phase1")
-    (folder / "runs" / "damaged").mkdir()
-    for name in ("config.json", "ckpt.pt"):
-        shutil.copy(folder / "runs" / "pythia" / name, folder / "runs" / "damaged" / name)
+    for run_name in ("damaged", "seized"):
+        shutil.copytree(folder / "runs" / "pythia", folder / "runs" / run_name)
     truncate(folder / "runs" / "damaged" / "ckpt.pt")
+    RUNS["malicious"][0](folder / "runs" / "seized")
     return folder
 
 
@@ -454,6 +471,12 @@ COMBINATIONS = [
     Case(f"train.py config/pythia.py {NARROW} --out_dir=file/run", "file/run cannot be made"),
     Case(f"train.py config/pythia.py {NARROW} --out_dir={'ü' * 200}", "File name too long"),
     Case(f"train.py config/pythia.py {NARROW} --out_dir=runs/damaged --max_iters=1", UNREADABLE),
+    Case(f"train.py config/pythia.py {NARROW} --out_dir=runs/seized --max_iters=1", UNREADABLE),
+    Case(f"train.py config/pythia.py {NARROW} --out_dir=runs/seized --init_from=resume --max_iters=9", UNREADABLE),
+    Case(f"train.py config/pythia.py {NARROW} --init_from=weights/pickled-malice {ELSEWHERE}", "no weight file"),
+    Case(f"train.py config/phase1.py {PHASE_1} --embeddings=runs/malicious {ELSEWHERE}", UNREADABLE),
+    Case(f"train.py config/phase1.py {PHASE_1} --embeddings=weights/pickled-malice {ELSEWHERE}", "no weight file"),
+    Case(f"train.py config/phase2.py {NARROW_CONTEXT} --init_from=runs/malicious {ELSEWHERE}", UNREADABLE),
     Case(f"train.py config/pythia.py {NARROW} --out_dir=runs/pythia --max_iters=1 --learning_rate=0.5",
          "runs/pythia holds another run (learning_rate 0.001 there, 0.5 here): choose another --out_dir"),
     Case(f"train.py config/pythia.py {NARROW} --out_dir=runs/pythia --max_iters=1 --hidden_size=32", "another run"),
@@ -489,6 +512,10 @@ DAMAGED_SETS = [
 DAMAGED_SETS += [
     Case(f"eval.py runs/pythia --data_dir=data --dataset={name}", f"data/{name}...{REMAKE}")
     for name in ("half-meta", "no-max-id", "no-val", "no-index", "one-bit-of-val", "swapped")
+]
+DAMAGED_SETS += [
+    Case(f"eval.py runs/pythia --data_dir=data --dataset={name} --tasks=long --overlap=False --out_dir=.", message)
+    for name, (_, message) in INDICES.items()
 ]
 DAMAGED_RUNS = [Case(f"eval.py runs/{name} --data_dir=data", message) for name, (_, message) in RUNS.items()]
 DAMAGED_RUNS += [
