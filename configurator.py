@@ -644,10 +644,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main; Ctrl-C ends it with status 130.
+    """Run a script's main; Ctrl-C ends it with status 130, a reader of its output that has gone (`| head`) with 1.
 
     Bad input, a disk that is full or not to be written to, and want of memory end it with one line on stderr and 2.
     """
+    try:
+        try:
+            run_to_one_line(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit would fail once more
+        sys.exit(1)
+
+
+def run_to_one_line(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:

@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import eval as evaluation
 import runs
 import sampler
 import train
-from configurator import InputError, LMSettings, parse_train
+from configurator import InputError, LMSettings
 from prep import get_reversal_pairs, load_tokenizer, load_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -54,24 +57,47 @@ def weights(folder: Path, name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------- the order of the data
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
-def test_permute_is_a_permutation_that_mixes(n: int) -> None:
-    places = sampler.permute(np.arange(n), n, seed=3)
+few = settings(max_examples=40, deadline=None)
+
+
+@few
+@given(st.integers(1, 3000), st.integers(0, 2**40))
+def test_permute_is_a_permutation_that_mixes(n: int, seed: int) -> None:
+    places = sampler.permute(np.arange(n), n, seed)
     assert sorted(places) == list(range(n))
-    if n >= 16:
-        assert abs(np.corrcoef(np.arange(n), places)[0, 1]) < 0.5
-        assert list(places) != list(sampler.permute(np.arange(n), n, seed=4))
+    if n >= 100:
+        assert abs(np.corrcoef(np.arange(n), places)[0, 1]) < 0.6
+        assert list(places) != list(sampler.permute(np.arange(n), n, seed + 1))
 
 
-@pytest.mark.parametrize("length", [34, 65, 64 * 32, 64 * 32 + 31])
-def test_windows_cover_an_epoch_without_overlap(length: int) -> None:
-    windows = sampler.Windows(length, block_size=32, seed=0)
-    for epoch in range(3):
-        starts = windows.starts(np.arange(windows.per_epoch) + epoch * windows.per_epoch)
-        assert starts.min() >= 0
-        assert starts.max() + 32 + 1 <= length
-        assert len(set(starts)) == windows.per_epoch
-        assert all(gap >= 32 for gap in np.diff(sorted(starts)))
+@few
+@given(st.integers(1, 64), st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 5))
+def test_the_windows_of_an_epoch_are_one_stretch_cut_up(block_size: int, more: int, seed: int, epoch: int) -> None:
+    """Each position once, but for less than two windows' worth that stay out, elsewhere in each epoch."""
+    windows = sampler.Windows(block_size + more, block_size, seed)
+    starts = np.sort(windows.starts(np.arange(windows.per_epoch) + epoch * windows.per_epoch))
+    assert (np.diff(starts) == block_size).all()
+    assert starts[0] >= 0
+    assert starts[-1] + block_size + 1 <= windows.num_tokens  # the last one's targets lie one further
+    assert windows.num_tokens - len(starts) * block_size < 2 * block_size
+
+
+@few
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.integers(0, 1000))
+def test_processes_share_a_step_s_windows(size: int, each: int, batch_size: int, step: int) -> None:
+    """Each window of a step goes to one process, in one micro-batch; the shares of a process add up to 1."""
+    total = size * each
+    given_out: list[Any] = []
+    lasts = []
+    for rank in range(size):
+        one = SimpleNamespace(step=step, windows_per_step=total, world=SimpleNamespace(size=size, rank=rank))
+        one.settings, one.training_batch = SimpleNamespace(batch_size=batch_size), list
+        batches = list(train.LMTrainer.micro_batches(one))  # type: ignore[arg-type]
+        assert sum(share for _, share, _ in batches) == pytest.approx(1)
+        lasts.append([is_last for _, _, is_last in batches])
+        given_out += [number for numbers, _, _ in batches for number in numbers]
+    assert given_out == list(range(step * total, (step + 1) * total))
+    assert all(last == [False] * (len(last) - 1) + [True] for last in lasts)
 
 
 def test_a_window_s_targets_are_the_next_tokens() -> None:
@@ -146,6 +172,8 @@ def test_sigkill_and_sigterm_lose_nothing_that_was_saved(arguments: list[str], t
         assert process.returncode == status
     subprocess.run(command, check=True, capture_output=True)
     assert losses(folder) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(folder)[name], tensor)
     assert not list(folder.glob("*.tmp"))
 
 
@@ -224,13 +252,24 @@ def test_resuming_needs_a_checkpoint(arguments: list[str], monkeypatch: pytest.M
         run_training(monkeypatch, *arguments, "--init_from=resume")
 
 
+HOLD = "import filelock, sys, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(600)"
+
+
 def test_two_runs_cannot_share_a_folder(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = runs.RunFolder(tmp_path / "run")
-    first.open(parse_train(arguments))
-    with pytest.raises(InputError, match="another process is training in"):
-        run_training(monkeypatch, *arguments)
-    first.lock.release()
+    """And a process that is killed leaves no lock behind."""
+    lock = runs.RunFolder(tmp_path / "run").lock.lock_file
+    (tmp_path / "run").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process is training in"):
+            run_training(monkeypatch, *arguments)
+    finally:
+        other.kill()
+        other.communicate()
     run_training(monkeypatch, *arguments)
+    assert len(losses(tmp_path / "run")) == 12
 
 
 def test_a_variant_starts_from_a_trained_run(
