@@ -55,7 +55,10 @@ class Command:
 
 
 COMMANDS = {
-    "prep": Command(["prep.py", "--dataset=other", "--files=notes.jsonl", "--data_dir=data"], ("data/other/*.*",)),
+    "prep": Command(
+        ["prep.py", "--dataset=other", "--files=notes.jsonl", "--data_dir=data", "--reversal_repeats=500"],
+        ("data/other/*.*",),
+    ),
     "prep over a set": Command(
         ["prep.py", *DATA[:2], "--files=notes.jsonl", "--seed=2", "--overwrite=True"], ("data/notes/*.*",)
     ),
