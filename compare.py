@@ -144,6 +144,15 @@ class Comparison:
 
     def train(self) -> None:
         """Train all, each as soon as there is room for it and what it needs is finished; returns early at a signal."""
+        try:
+            self.train_in_turn()
+        finally:  # at a signal, or if this process fails
+            for process in self.running.values():
+                process.send_signal(signal.SIGTERM)  # a process that Ctrl-C has reached already takes it once more
+            for process in self.running.values():
+                process.wait()
+
+    def train_in_turn(self) -> None:
         said = time.perf_counter()
         while (self.running or self.waiting) and not self.signal:
             for training in [t for t in self.waiting if t.needs in self.failed]:
@@ -158,10 +167,6 @@ class Comparison:
                 said = time.perf_counter()
                 self.say_progress()
             time.sleep(0.2)
-        for process in self.running.values():
-            process.send_signal(signal.SIGTERM)  # a process that Ctrl-C has reached already takes it once more
-        for process in self.running.values():
-            process.wait()
 
     def start(self, training: Training) -> None:
         print(f"python {' '.join(training.words)}", flush=True)

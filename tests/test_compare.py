@@ -1,14 +1,21 @@
 """make compare: the commands, what waits for what, what a failure and an interruption leave."""
 
+import contextlib
+import errno
+import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_crash import plain
 
 from compare import RECIPES, Comparison, Training, plan
 from configurator import CompareSettings, parse_train, read_checkpoint
@@ -47,12 +54,12 @@ def here(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def start(configs: list[str], folder: Path) -> subprocess.Popen[str]:
-    """compare.py with only these of its recipes."""
+    """compare.py with only these of its recipes, in a process group of its own."""
     code = f"import compare; compare.RECIPES = [r for r in compare.RECIPES if r.config in {configs}]; compare.main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -72,21 +79,39 @@ def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(monkeypatch:
                 assert Path(job.settings.init_from) == training.needs
 
 
-def test_killed_in_the_middle_and_started_again_it_reports(here: Path) -> None:
-    configs = ["pythia", "mla_kv64"]
+def figures() -> list[dict[str, Any]]:
+    rows = json.loads(Path("out/compare-laptop/results.json").read_text())["runs"]
+    return [{k: v for k, v in plain(row).items() if "tokens_per_s" not in k and k != "commit"} for row in rows]
+
+
+def test_killed_in_the_middle_and_started_again_it_reports(here: Path, request: pytest.FixtureRequest) -> None:
+    """By SIGTERM, then by SIGKILL at random moments, all processes at once as in a power cut.
+
+    With --kills above 1 the figures are compared with those of a comparison that is left alone.
+    """
+    configs, rng, kills = ["pythia", "mla_kv64"], random.Random(0), request.config.getoption("--kills")
     (here / "config" / "laptop.py").write_text(TINY.format(max_iters=120))
+    started = time.monotonic()
     process = start(configs, here)
     log = here / "out" / "pythia-laptop" / "log.jsonl"
     while process.poll() is None and not (log.exists() and "tokens_per_s" in log.read_text()):
         time.sleep(0.1)
+    seconds = time.monotonic() - started
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM
     steps = read_checkpoint("out/pythia-laptop")["iter_num"]
     assert 0 < steps < 120
+    for _ in range(kills):
+        process = start(configs, here)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=rng.uniform(0, 2 * seconds))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        assert read_checkpoint("out/pythia-laptop")["iter_num"] >= steps
     output = start(configs, here).communicate()[0]
-    assert f"going on from step {steps}" in Path("out/compare-laptop/pythia-laptop.txt").read_text()
-    assert "2 of 2 runs are to be trained, 2 at a time" in output
+    assert re.search("[012] of 2 runs are to be trained, 2 at a time", output)
     page = Path("out/compare-laptop/report.md").read_text()
     assert "| pythia | " in page
     assert "| mla_kv64 | " in page
@@ -94,6 +119,32 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path) -> None:
     assert "0 of 2 runs are to be trained" in (output := again.communicate()[0])
     assert "nothing new to score" in output
     assert again.returncode == 0
+    if kills > 1:
+        interrupted = figures()
+        shutil.rmtree("out")
+        assert start(configs, here).wait() == 0
+        assert figures() == interrupted
+
+
+def test_no_training_outlives_a_comparison_that_fails(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("train.py", "config/pythia.py", "config/laptop.py", "--max_iters=100000")
+    trainings = [Training(Path("out", name), (*words, f"--out_dir=out/{name}"), None, 10**5, 100) for name in "ab"]
+    comparison = Comparison(trainings, CompareSettings(), here)
+    begin = comparison.start
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def start_one(training: Training) -> None:
+        if begun:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        begin(training)
+        begun.append(comparison.running[training])
+
+    monkeypatch.setattr(comparison, "start", start_one)
+    with pytest.raises(OSError, match="No space left"):
+        comparison.train()
+    status = begun[0].poll()
+    begun[0].kill()
+    assert status == -signal.SIGTERM
 
 
 def test_a_run_that_fails_is_named_and_the_rest_goes_on(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
