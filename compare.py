@@ -29,8 +29,9 @@ from configurator import (
     parse_train,
     run,
 )
-from prep import load_tokens, prepare
+from prep import prepare
 from report import duration
+from tokens import load_tokens
 
 STATUS_SECONDS = 60  # between two lines that say how far the runs are
 LAPTOP_SPEED = 1_400  # tokens/s of a process on one core (a server's, AVX-512, bfloat16), until there is a measured one

@@ -39,19 +39,14 @@ from configurator import (
     pick_device,
     run,
 )
+from contexts import exact_contexts
 from model_context import ContextBlock, compute_convergence_rate, effective_rank
-from prep import (
-    Document,
-    ReversalPair,
-    TokenFile,
-    Tokenizer,
-    exact_contexts,
-    get_reversal_pairs,
-    load_tokenizer,
-    load_tokens,
-)
+from prep import Document
 from pythia_base import safe_exp, score_tokens, stream_tokens
 from report import AFTER_FIRST, format_comparison, format_table, overlap_table, write_report
+from reversal import ReversalPair, get_reversal_pairs
+from tokenizer import Tokenizer, load_tokenizer
+from tokens import TokenFile, document_bounds, load_tokens
 
 TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
@@ -138,12 +133,6 @@ def position_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------ long documents
-
-
-def document_bounds(data: TokenFile) -> tuple[np.ndarray, np.ndarray]:
-    """Where each document's leading end-of-text token stands, and where its closing one."""
-    starts = data.doc_index["start"]
-    return starts, np.append(starts[1:], len(data.tokens) - 1)
 
 
 def long_documents(data: TokenFile, block_size: int) -> list[tuple[int, int]]:

@@ -20,8 +20,8 @@ from configurator import (
     pick_device,
     run,
 )
-from prep import Tokenizer, load_tokenizer
 from pythia_base import Cache, input_major, stream_tokens
+from tokenizer import Tokenizer, load_tokenizer
 
 
 def print_pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor]) -> None:

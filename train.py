@@ -39,14 +39,15 @@ from configurator import (
     read_checkpoint,
     run,
 )
+from contexts import ContextReader, context_cache, exact_contexts
 from eval import RUN_TASKS, evaluate_model, heldout_contexts
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
-from prep import ContextReader, TokenFile, context_cache, exact_contexts, load_tokens, prepare
+from prep import prepare
 from pythia_base import make_optimizer, safe_exp
 from report import duration, format_rank, format_summary, format_table
 from runs import RunFolder, StopRequest, World, git_commit, open_world
-from sampler import Stretches, Windows, window_batch
+from tokens import Stretches, TokenFile, Windows, load_tokens, window_batch
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
 

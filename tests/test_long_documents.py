@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from test_train import ROOT, TINY, PowerCut, losses, run_training, weights
 
 import eval as evaluation
-import sampler
 import train
 from configurator import MODELS, InputError, build_model, read_checkpoint, rebuild_model
-from prep import INDEX_DTYPE, TokenFile, load_tokens
 from report import format_comparison
+from tokens import INDEX_DTYPE, Stretches, TokenFile, load_tokens
 
 BLOCK, STRETCH = 32, 128
 CPU = torch.device("cpu")
@@ -82,9 +81,9 @@ def test_a_row_walks_through_one_stretch_of_one_document(
     per_epoch = sum((length + 1) // stretch for length in lengths)
     if not per_epoch:
         with pytest.raises(InputError, match="no training document has"):
-            sampler.Stretches(data, stretch, block_size, rows, seed)
+            Stretches(data, stretch, block_size, rows, seed)
         return
-    stretches = sampler.Stretches(data, stretch, block_size, rows, seed)
+    stretches = Stretches(data, stretch, block_size, rows, seed)
     turns = math.ceil(2 * per_epoch / rows)
     starts = stretches.starts(np.arange(turns * windows * rows)).reshape(turns, windows, rows)
     assert (np.diff(starts, axis=1) == block_size).all()
@@ -132,7 +131,7 @@ def test_a_row_reads_its_own_stretch_from_the_start_and_nothing_else(
     run_training(monkeypatch, *arguments, "--learning_rate=0", "--min_lr=0")
     model = rebuild_model(read_checkpoint(tmp_path / "run"), "run")
     data = load_tokens(data_dir / "own", "train")
-    begins = sampler.Stretches(data, STRETCH, BLOCK, rows=4, seed=1337).starts(np.arange(12 * 4)).reshape(3, 4, 4)[:, 0]
+    begins = Stretches(data, STRETCH, BLOCK, rows=4, seed=1337).starts(np.arange(12 * 4)).reshape(3, 4, 4)[:, 0]
 
     def window_losses(begin: int, carried: bool) -> list[float]:
         tokens = torch.from_numpy(data.tokens[begin : begin + STRETCH + 1].astype(np.int64))[None]

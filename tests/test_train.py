@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import runs
-import sampler
 import train
 from configurator import InputError, LMSettings
-from prep import get_reversal_pairs, load_tokenizer, load_tokens
+from reversal import get_reversal_pairs
+from tokenizer import load_tokenizer
+from tokens import Windows, load_tokens, permute, window_batch
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--block_size=32"]
@@ -63,18 +64,18 @@ few = settings(max_examples=40, deadline=None)
 @few
 @given(st.integers(1, 3000), st.integers(0, 2**40))
 def test_permute_is_a_permutation_that_mixes(n: int, seed: int) -> None:
-    places = sampler.permute(np.arange(n), n, seed)
+    places = permute(np.arange(n), n, seed)
     assert sorted(places) == list(range(n))
     if n >= 100:
         assert abs(np.corrcoef(np.arange(n), places)[0, 1]) < 0.6
-        assert list(places) != list(sampler.permute(np.arange(n), n, seed + 1))
+        assert list(places) != list(permute(np.arange(n), n, seed + 1))
 
 
 @few
 @given(st.integers(1, 64), st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 5))
 def test_the_windows_of_an_epoch_are_one_stretch_cut_up(block_size: int, more: int, seed: int, epoch: int) -> None:
     """Each position once, but for less than two windows' worth that stay out, elsewhere in each epoch."""
-    windows = sampler.Windows(block_size + more, block_size, seed)
+    windows = Windows(block_size + more, block_size, seed)
     starts = np.sort(windows.starts(np.arange(windows.per_epoch) + epoch * windows.per_epoch))
     assert (np.diff(starts) == block_size).all()
     assert starts[0] >= 0
@@ -101,15 +102,15 @@ def test_processes_share_a_step_s_windows(size: int, each: int, batch_size: int,
 
 
 def test_a_window_s_targets_are_the_next_tokens() -> None:
-    starts = sampler.Windows(1000, block_size=32, seed=0).starts(np.arange(5))
-    batch = sampler.window_batch(np.arange(1000, dtype=np.uint16), starts, 32, torch.device("cpu"))
+    starts = Windows(1000, block_size=32, seed=0).starts(np.arange(5))
+    batch = window_batch(np.arange(1000, dtype=np.uint16), starts, 32, torch.device("cpu"))
     assert torch.equal(batch["idx"] + 1, batch["targets"])
     assert batch["idx"].shape == (5, 32)
 
 
 def test_a_token_file_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(InputError, match="32 tokens in the training file: too few for block_size=32"):
-        sampler.Windows(32, block_size=32, seed=0)
+        Windows(32, block_size=32, seed=0)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
