@@ -232,6 +232,22 @@ def test_autocast_stays_near_float32(name: str, dtype: torch.dtype, bound: float
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["context", "cascade"])
+def test_autocast_leaves_recurrences_in_float32(name: str) -> None:
+    """Rounding would add up from token to token; the loop has to be the one that a context cache is made with."""
+    model, idx = make_model(name), make_tokens()
+
+    def contexts() -> torch.Tensor:
+        if name == "cascade":
+            return model.recurrences(idx, None)
+        return model.context_blocks[0].recurrence(model.embed_in(idx), None)
+
+    exact = contexts()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contexts(), exact)
+
+
+@torch.no_grad()
 def test_a_long_decode_with_a_constant_state_equals_the_full_pass(is_long: bool) -> None:
     """Token by token through the cascade's cache: 1,000 tokens, 100,000 with --long."""
     model, length = make_model("cascade"), 100_000 if is_long else 1_000
