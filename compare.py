@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from filelock import FileLock, Timeout
 
 from configurator import (
     CompareSettings,
@@ -89,6 +90,18 @@ class Training:
     def is_finished(self) -> bool:
         return (self.folder / "summary.json").is_file()
 
+    def is_taken(self) -> bool:
+        """Whether a process trains it already: one that outlived a comparison which was killed."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except FileNotFoundError:  # there is no folder yet
+            return False
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
     def work_left(self, scoring: float) -> float:
         """In tokens to train on; scoring is the work of measuring the model at the end."""
         if self.is_finished():
@@ -159,7 +172,7 @@ class Comparison:
             for training in [t for t in self.waiting if t.needs in self.failed]:
                 self.waiting.remove(training)
                 self.fail(training, f"not started, because {training.needs} failed")
-            ready = [t for t in self.waiting if t.needs is None or t.needs in self.done]
+            ready = [t for t in self.waiting if (t.needs is None or t.needs in self.done) and not t.is_taken()]
             for training in ready[: self.processes - len(self.running)]:
                 self.start(training)
             for training in [t for t, process in self.running.items() if process.poll() is not None]:
@@ -204,7 +217,8 @@ class Comparison:
         print(f", work for {work / 1e6:.1f} M tokens: {self.estimate()}", flush=True)
 
     def say_progress(self) -> None:
-        shown = [f"{t.name} {t.progress()[0]}/{t.max_iters}" if t.max_iters else t.name for t in self.running]
+        training = [*self.running, *(t for t in self.waiting if t.is_taken())]
+        shown = [f"{t.name} {t.progress()[0]}/{t.max_iters}" if t.max_iters else t.name for t in training]
         print(f"training {', '.join(shown)}; {self.estimate()}", flush=True)
 
     def estimate(self) -> str:

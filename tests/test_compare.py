@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from test_crash import plain
 
 from compare import RECIPES, Comparison, Training, plan
@@ -145,6 +147,26 @@ def test_no_training_outlives_a_comparison_that_fails(here: Path, monkeypatch: p
     status = begun[0].poll()
     begun[0].kill()
     assert status == -signal.SIGTERM
+
+
+def test_a_training_that_outlived_a_comparison_is_waited_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("train.py", "config/pythia.py", "config/laptop.py", "--out_dir=out/good")
+    training = Training(Path("out/good"), words, None, 4, 100)
+    training.folder.mkdir(parents=True)
+    lock = FileLock(training.folder / ".lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(1, lock.release).start()
+    comparison = Comparison([training], CompareSettings(), here)
+    begin, was_taken = comparison.start, []
+
+    def start_it(training: Training) -> None:
+        was_taken.append(lock.is_locked)
+        begin(training)
+
+    monkeypatch.setattr(comparison, "start", start_it)
+    comparison.train()
+    assert comparison.done == {training.folder}
+    assert was_taken == [False]
 
 
 def test_a_run_that_fails_is_named_and_the_rest_goes_on(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
