@@ -92,11 +92,11 @@ class Training:
 
     def is_taken(self) -> bool:
         """Whether a process trains it already: one that outlived a comparison which was killed."""
+        if not (self.folder / ".lock").exists():  # locking would make the folder
+            return False
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(blocking=False)
-        except FileNotFoundError:  # there is no folder yet
-            return False
         except Timeout:
             return True
         lock.release()

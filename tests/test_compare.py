@@ -152,7 +152,8 @@ def test_no_training_outlives_a_comparison_that_fails(here: Path, monkeypatch: p
 def test_a_training_that_outlived_a_comparison_is_waited_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("train.py", "config/pythia.py", "config/laptop.py", "--out_dir=out/good")
     training = Training(Path("out/good"), words, None, 4, 100)
-    training.folder.mkdir(parents=True)
+    assert not training.is_taken()
+    training.folder.mkdir(parents=True)  # not there, not made by asking
     lock = FileLock(training.folder / ".lock", thread_local=False)
     lock.acquire()
     threading.Timer(1, lock.release).start()

@@ -16,7 +16,7 @@ from model_context import oacd_iteration
 ROOT = Path(__file__).parents[1]
 NARROW = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--context_dim=8"]
 PHASE_1 = ["--num_tokens=2000", "--batch_size=500", "--max_iterations=9", "--checkpoint_interval=2"]
-YOUNG = [*PHASE_1, "--max_iterations=1"]  # a block that forgets, which one of 8 numbers need not do later
+YOUNG = [*PHASE_1, "--max_iterations=1"]  # one of 8 numbers magnifies rounding, and the more, the longer it is trained
 PHASE_2 = ["--block_size=32", "--gradient_accumulation_steps=1", "--max_iters=4", "--eval_interval=2", "--eval_iters=1"]
 
 
