@@ -295,8 +295,8 @@ def test_two_processes_train_as_one_with_the_same_windows(arguments: list[str], 
         command = [*launcher, str(ROOT / "train.py"), *arguments, *steps, f"--out_dir={tmp_path / name}"]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=1e-5, rtol=1e-4)
+    for name, tensor in weights(tmp_path / "one").items():  # by norm: AdamW makes a step of a gradient's rounding error
+        assert (weights(tmp_path / "two")[name] - tensor).norm() < 1e-4 * tensor.norm(), name
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
