@@ -25,7 +25,7 @@ import zstandard
 from tqdm import tqdm
 
 from configurator import EvalSettings, InputError, one_line
-from downloads import hub_revision
+from downloads import hub_revision, require_whole_zst
 from prep import Document, HubSet, stream_hub
 from pythia_base import safe_exp, score_tokens
 from tokenizer import Tokenizer, normalize_nfc
@@ -95,6 +95,8 @@ def file_rows(task: str, source: str) -> Iterator[Any]:
     if not (is_raw or source.endswith((".jsonl", ".jsonl.zst"))):
         raise InputError(f"--{TEXT_TASKS[task]}={source} is neither a .jsonl file nor one of {', '.join(HUB_TEXTS)}")
     try:
+        if path.suffix == ".zst":
+            require_whole_zst(path)
         opened = zstandard.open(path, "rt", encoding="utf-8") if path.suffix == ".zst" else path.open(encoding="utf-8")
         with opened as file:
             if is_raw:

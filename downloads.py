@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+import zstandard
 
 from configurator import InputError, one_line
 
@@ -95,6 +96,21 @@ def read_zip_member(path: Path, name: str) -> bytes:
         if archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
             raise InputError(f"{path}: {name} is larger than {MAX_MEMBER_BYTES} bytes")
         return archive.read(name)
+
+
+def require_whole_zst(path: Path) -> None:
+    """Raises ZstdError if a .zst file ends within a frame; its readers would take what there is for all there is."""
+    decompressor = zstandard.ZstdDecompressor()
+    frame = decompressor.decompressobj()
+    with path.open("rb") as file:
+        while chunk := file.read(2**16):
+            while chunk:
+                if frame.eof:
+                    frame = decompressor.decompressobj()
+                frame.decompress(chunk)
+                chunk = frame.unused_data  # the next frame's beginning
+    if not frame.eof:
+        raise zstandard.ZstdError(f"{path} is cut off")
 
 
 def read_tar_members(path: Path, pattern: str) -> Iterator[bytes]:

@@ -39,9 +39,18 @@ import numpy.typing as npt
 from filelock import FileLock
 from tqdm import tqdm
 
-from configurator import InputError, PrepSettings, make_folder, parse_settings, run
+from configurator import DISK_ERRORS, InputError, PrepSettings, make_folder, parse_settings, run
 from contexts import prepare_contexts
-from downloads import DJANGO, WIKI, fetch, hub_revision, read_tar_members, read_zip_member, sha256_of
+from downloads import (
+    DJANGO,
+    WIKI,
+    fetch,
+    hub_revision,
+    read_tar_members,
+    read_zip_member,
+    require_whole_zst,
+    sha256_of,
+)
 from reversal import BackwardSearch, get_reversal_pairs
 from tokenizer import Tokenizer, load_tokenizer, utf8
 from tokens import DATASETS, INDEX_DTYPE, SPLITS, load_tokens
@@ -154,12 +163,17 @@ def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
     options = {"sample_by": "document"} if builder == "text" else {}
     literal = [glob.escape(path) for path in paths]
     try:
+        for path in paths:
+            if path.endswith(".zst"):
+                require_whole_zst(Path(path))
         rows = datasets.load_dataset(builder, data_files=literal, split="train", cache_dir=str(cache_dir), **options)
         return in_hash_order(rows, settings.seed, {"files": settings.files})
     except InputError:
         raise
     except Exception as error:  # whatever the reader of the format raises
         cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:  # in writing the Arrow files, most likely
+            raise cause from None
         raise InputError(f"--files={settings.files} cannot be read: {type(cause).__name__}: {cause}") from error
 
 

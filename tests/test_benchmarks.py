@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from conftest import FIRST_BLOCK
 
 import benchmarks
 from benchmarks import Unavailable, Window
@@ -222,6 +223,7 @@ def test_the_pile_may_be_compressed_and_cut(tmp_path: Path, files: dict[str, Any
         ("a.jsonl", b"", "holds no text"),
         ("a.jsonl", b'{"text": "\xff"}', "cannot be read"),
         ("a.jsonl.zst", b'{"text": "a b"}', "cannot be read"),
+        ("a.jsonl.zst", FIRST_BLOCK, "a.jsonl.zst is cut off"),
         ("a.parquet", b"", "neither a .jsonl file nor one of EleutherAI/wikitext_document_level"),
     ],
 )
