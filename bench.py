@@ -56,6 +56,7 @@ from model_mla import ALiBiPositionEncoding, alibi_attention
 from pictures import LOOK, STYLES, save
 from pythia_base import (
     PythiaModel,
+    compile_step,
     config_to_huggingface,
     head_loss,
     input_major,
@@ -357,11 +358,12 @@ def bench_generate(dtype: torch.dtype, to_reach: float, settings: BenchSettings,
     """Greedy decoding of one row, prompt 128 + 256 new tokens."""
     new_tokens = 32 if settings.quick else 256
     idx = text_batch(settings, 1, 128)[0].to(device)
-    plain, prepared = (seeded_model("pythia", settings).to(device, dtype).eval() for _ in range(2))
+    plain, prepared, compiled = (seeded_model("pythia", settings).to(device, dtype).eval() for _ in range(3))
     input_major(prepared)
+    step = compile_step(compiled)
 
-    def generate(model: Any, shape: PythiaModel) -> None:
-        for _ in stream_tokens(model, idx, shape.init_cache(1, 128 + new_tokens), new_tokens, temperature=0):
+    def generate(model: PythiaModel, step: Any = None) -> None:
+        for _ in stream_tokens(model, idx, model.init_cache(1, 128 + new_tokens), new_tokens, temperature=0, step=step):
             pass
 
     works: dict[str, tuple[Callable[[], Any], float | None]] = {}
@@ -370,8 +372,9 @@ def bench_generate(dtype: torch.dtype, to_reach: float, settings: BenchSettings,
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
         mask = torch.ones_like(idx)
         works["transformers generate"] = (lambda: theirs.generate(idx, attention_mask=mask, **options), None)
-    works["ours"] = (lambda: generate(plain, plain), None)
-    works["ours, matrices input-major"] = (lambda: generate(prepared, prepared), to_reach)
+    works["ours"] = (lambda: generate(plain), None)
+    works["ours, matrices input-major"] = (lambda: generate(prepared), None)
+    works["ours, compiled"] = (lambda: generate(compiled, step), to_reach)
     contenders = {
         name: Contender(partial(rate_of, work, new_tokens, device), target)
         for name, (work, target) in works.items()

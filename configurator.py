@@ -229,6 +229,7 @@ class SampleSettings:
     temperature: float = 0.8  # 0 is greedy
     top_k: int | None = 50  # draw from the k likeliest tokens; None: from all
     num_samples: int = 1  # how many texts
+    compile: bool = False  # compile the decoding step: half a minute first, then faster; it needs a C++ compiler
     data_dir: str = "data"  # where the tokenizer is kept
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
     seed: int = 1337  # of the draws
@@ -668,6 +669,8 @@ def run_to_one_line(main: Callable[[], None]) -> None:
             raise
         sys.exit(fail(f"{error.strerror}: {error.filename or 'while writing'}; what was complete before is kept"))
     except (MemoryError, RuntimeError) as error:
+        if "C++ compiler" in str(error):
+            sys.exit(fail("torch.compile finds no C++ compiler: install one, g++ or clang++, or leave compile=False"))
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         sys.exit(fail(f"out of memory: a smaller batch or model is needed ({one_line(error)[:150]})"))

@@ -247,7 +247,7 @@ class ContextCache:
 
     def state(self, start: int) -> Tensor:
         """c_{start - 1}, (B, E), from which the recurrence goes on."""
-        return self.contexts[:, (start - 1) % self.contexts.size(1)]
+        return self.read(torch.arange(start - 1, start, device=self.contexts.device))[:, 0]
 
     def write(self, contexts: Tensor, start: int) -> None:
         """Store contexts (B, T, E) of the positions from start on, as many of the last as there is room for."""

@@ -487,11 +487,14 @@ def stream_tokens(
     temperature: float,
     top_k: int | None = None,
     num_tokens: int | None = None,
+    step: Any = None,
 ) -> Iterator[Tensor]:
     """Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T), each as soon as it is drawn.
 
-    Ids from num_tokens on are padding rows of the vocabulary and are never drawn. Raises ValueError on an empty prompt.
+    Ids from num_tokens on are padding rows of the vocabulary and are never drawn. step takes the model's place after
+    the prompt: compile_step(model). Raises ValueError on an empty prompt.
     """
+    step = step or model
     if idx.size(1) == 0:
         raise ValueError("an empty prompt has no next token: start with the end-of-text token")
     for chunk in idx.split(PREFILL_TOKENS, dim=1):
@@ -500,7 +503,7 @@ def stream_tokens(
         token = draw_token(logits[:, -1, :num_tokens], temperature, top_k)
         yield token
         if remaining:
-            logits, _ = model(token, cache=cache)
+            logits, _ = step(token, cache=cache)
 
 
 def input_major(model: nn.Module) -> None:
@@ -511,6 +514,40 @@ def input_major(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.T.contiguous().T
+
+
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, whose product with one row x is written as a sum: compiled, that reads W as fast as memory gives it.
+
+    A library's matrix product is made for many rows.
+    """
+    if x.numel() > x.size(-1):
+        return F.linear(x, weight, bias)
+    y = (weight.float() * x.flatten().float()).sum(dim=-1)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class RowLinear(nn.Linear):
+    """A Linear of a model that decodes compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return row_linear(x, self.weight, self.bias)
+
+
+def compile_step(model: Any) -> Any:
+    """model(token, cache=cache) for the tokens (B, 1) after a prompt, compiled: some 30 s at the first ones.
+
+    The position is a symbol in it, so that all tokens run one program (Infini: one more where a segment ends).
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RowLinear
+
+    def step(token: Tensor, cache: Cache) -> tuple[Tensor, None]:
+        return row_linear(model.hidden_states(token, cache), model.head_weight), None
+
+    # what a row product reads is computed before it, and not again for each of its sums
+    return torch.compile(step, dynamic=True, options={"realize_reads_threshold": 0, "realize_opcount_threshold": 0})
 
 
 def draw_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:

@@ -20,7 +20,7 @@ from configurator import (
     pick_device,
     run,
 )
-from pythia_base import Cache, input_major, stream_tokens
+from pythia_base import Cache, compile_step, input_major, stream_tokens
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -52,7 +52,9 @@ def main() -> None:
         raise InputError("name one run: python sample.py out/mla_kv128-laptop")
     model, checkpoint = load_source(sources[0])
     model = model.to(pick_device(settings.device)).eval()
-    input_major(model)
+    step = compile_step(model) if settings.compile else model
+    if not settings.compile:
+        input_major(model)
     tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"] if checkpoint else "neox", settings.data_dir)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise InputError(f"{sources[0]} has {model.config.vocab_size} rows for the {tokenizer.n_vocab} tokens of text")
@@ -64,7 +66,7 @@ def main() -> None:
         started = time.perf_counter()
         print(settings.prompt, end="", flush=True)
         tokens = stream_tokens(
-            model, idx, cache, settings.max_new_tokens, settings.temperature, settings.top_k, tokenizer.n_vocab
+            model, idx, cache, settings.max_new_tokens, settings.temperature, settings.top_k, tokenizer.n_vocab, step
         )
         print_pieces(tokenizer, tokens)
         speed = settings.max_new_tokens / (time.perf_counter() - started)

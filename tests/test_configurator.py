@@ -12,6 +12,7 @@ import torch
 from conftest import checkpoint_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._inductor.exc import InvalidCxxCompiler
 
 from configurator import (
     MODELS,
@@ -303,6 +304,8 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
             2,
             "error: No space left: out/ckpt.pt; what was complete",
         ),
+        (torch.OutOfMemoryError("not enough memory"), 2, "error: out of memory: a smaller batch or model is needed"),
+        (InvalidCxxCompiler(), 2, "error: torch.compile finds no C++ compiler: install one"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,7 @@ from model_cascade import CascadeConfig
 from model_context import ContextKVConfig, ContextPythiaConfig
 from model_infini import InfiniConfig
 from model_mla import MLAConfig
-from pythia_base import Cache, PythiaConfig
+from pythia_base import Cache, PythiaConfig, compile_step
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48
@@ -78,6 +79,31 @@ def test_streamable(name: str, seed: int) -> None:
         logits = model(idx[:, start : start + size], cache=cache)[0]
         torch.testing.assert_close(logits, full[:, start : start + size], atol=1e-4, rtol=0)
     assert cache.length == T
+
+
+@every_model
+@pytest.mark.parametrize("num_rows", [1, 2])
+@torch.no_grad()
+def test_compiled_steps_are_the_model_s(name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a few programs for all 34 positions; a layer that is not compiled parts them in two."""
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options, **keys: compiled(function, backend=counter, **keys))
+    torch._dynamo.reset()
+    model, idx = make_model(name), make_tokens()[:num_rows]
+    full, step = model(idx)[0], compile_step(model)
+    cache = model.init_cache(num_rows, T)
+    model(idx[:, :7], cache=cache)
+    logits = torch.cat([step(token, cache=cache)[0] for token in idx[:, 7:].split(1, dim=1)], dim=1)
+    torch.testing.assert_close(logits, full[:, 7:], atol=1e-4, rtol=1e-4)
+    assert counter.frame_count <= 4
+
+
+@torch.no_grad()
+def test_a_step_that_is_compiled_for_the_machine() -> None:
+    model, idx = make_model("mla"), make_tokens()[:1]
+    full, step, cache = model(idx)[0], compile_step(model), model.init_cache(1, T)
+    logits = torch.cat([step(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
 
 
 @every_model
