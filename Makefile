@@ -27,7 +27,7 @@ out/compare/results.json: out/mla_kv128-laptop/summary.json
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -20,6 +20,7 @@ import re
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,10 +32,12 @@ from typing import Any
 
 import matplotlib
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import (
     MODELS,
@@ -203,6 +206,7 @@ TRAINING_STEPS = {  # name -> (whose model, dtype, form, ratio to reach); RAISED
     "transformers bfloat16, malloc raised": ("transformers", torch.bfloat16, "", None),
     "ours float32, malloc raised": ("ours", torch.float32, "", 1.2),
     "ours bfloat16, malloc raised": ("ours", torch.bfloat16, "", None),
+    "ours bfloat16, data parallel": ("ours", torch.bfloat16, "data parallel", None),
 }
 
 
@@ -213,7 +217,13 @@ def trained_model(whose: str, form: str, settings: BenchSettings, device: torch.
         model = transformers_model(settings).to(device)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
     model = seeded_model("pythia", settings).to(device)
-    return torch.compile(model) if form == "compiled" else model, make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
+    match form:
+        case "compiled":
+            return torch.compile(model), optimizer
+        case "data parallel":
+            return DistributedDataParallel(model), optimizer
+    return model, optimizer
 
 
 def training_rate(name: str, settings: BenchSettings, device: torch.device) -> float:
@@ -262,12 +272,41 @@ def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[Table
         raised = plain if on_cuda else stack.enter_context(start_worker(dict.fromkeys(MALLOC, RAISED)))
         contenders = {}
         for name, (whose, _, form, to_reach) in TRAINING_STEPS.items():
-            wanted = (with_transformers or whose == "ours") and not (on_cuda and "malloc" in name)
+            wanted = with_transformers or whose == "ours"
+            wanted &= form != "data parallel" and not (on_cuda and "malloc" in name)
             if wanted and (form != "compiled" or (on_cuda if settings.compile is None else settings.compile)):
                 worker = raised if "malloc" in name else plain
                 contenders[name] = Contender(partial(in_worker, worker, name, settings, device), to_reach)
         yield compare("training step", "tokens/s", contenders, settings.repeats)
     yield bench_loss_memory(settings, device)
+    if not on_cuda:
+        yield bench_processes(settings, device)
+
+
+def bench_processes(settings: BenchSettings, device: torch.device) -> Table:
+    """The same step in two processes of a thread each, which exchange their gradients through gloo, or do not."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        workers = [stack.enter_context(start_worker(dict.fromkeys(MALLOC, RAISED))) for _ in range(2)]
+        for future in [worker.submit(join_group, rank, folder) for rank, worker in enumerate(workers)]:
+            future.result()
+
+        def rate(name: str, workers: list[ProcessPoolExecutor]) -> float:
+            return sum(f.result() for f in [w.submit(training_rate, name, settings, device) for w in workers])
+
+        alone, together = "ours bfloat16", "ours bfloat16, data parallel"
+        contenders = {
+            "1 process": Contender(partial(rate, alone, workers[:1])),
+            "2 processes on their own": Contender(partial(rate, alone, workers)),
+            "2 processes, data parallel": Contender(partial(rate, together, workers)),
+        }
+        return compare("training, a thread a process", "tokens/s", contenders, settings.repeats)
+
+
+def join_group(rank: int, folder: str) -> None:
+    """One of two processes that find each other through a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
 
 
 def loss_memory(batch_size: int, whole: bool, settings: BenchSettings, device: torch.device) -> int:
