@@ -385,11 +385,10 @@ def training_losses(
 def bench_decode(settings: BenchSettings, device: torch.device) -> Iterator[Table]:
     for dtype, to_reach in ((torch.float32, 2.5), (torch.bfloat16, 1.8)):
         yield bench_generate(dtype, to_reach, settings, device)
+    torch._dynamo.config.recompile_limit = 64  # programs of one function, which compile_step has one of per model
     for batch_size in BATCHES:
-        for length in LENGTHS[: 2 if settings.quick else 3]:
-            yield bench_step(list(MODELS), batch_size, length, settings, device)
-    if not settings.quick:
-        yield bench_step(list(LONG_MODELS), 1, LONG, settings, device)
+        lengths = LENGTHS[:2] if settings.quick else LENGTHS if batch_size > 1 else (*LENGTHS, LONG)
+        yield from bench_steps(batch_size, lengths, settings, device)
 
 
 @torch.no_grad()
@@ -423,36 +422,41 @@ def bench_generate(dtype: torch.dtype, to_reach: float, settings: BenchSettings,
 
 
 @torch.no_grad()
-def bench_step(
-    names: list[str], batch_size: int, length: int, settings: BenchSettings, device: torch.device
-) -> Table:
-    """Decoding steps of every model at a length; the baseline is the ordinary K/V cache.
+def bench_steps(
+    batch_size: int, lengths: tuple[int, ...], settings: BenchSettings, device: torch.device
+) -> Iterator[Table]:
+    """Decoding steps of every model, compiled unless it has to be quick; the baseline is the ordinary K/V cache.
 
     The cache is set to its length, not fed: how long a step takes depends on how much it reads, not on what.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    steps = 4
-    tokens = text_batch(settings, batch_size, steps)[0].to(device)
-    contenders = {}
-    for name in names:
-        model = seeded_model(name, settings).to(device, dtype).eval()
-        input_major(model)
-        model_cache = model.init_cache(batch_size, length)
-        for tensor in model_cache.tensors():
-            if tensor.is_floating_point():
-                tensor.normal_()  # pages that were never written would be read from one page of zeros
+    num_steps = 4
+    tokens = text_batch(settings, batch_size, num_steps)[0].to(device)
+    models = {name: seeded_model(name, settings).to(device, dtype).eval() for name in MODELS}
+    steps = {}
+    for name, model in models.items():
+        if settings.quick:
+            input_major(model)
+        steps[name] = model if settings.quick else compile_step(model)
+    for length in lengths:
+        contenders = {}
+        for name in LONG_MODELS if length == LONG else models:
+            model_cache = models[name].init_cache(batch_size, length)
+            for tensor in model_cache.tensors():
+                if tensor.is_floating_point():
+                    tensor.normal_()  # pages that were never written would be read from one page of zeros
 
-        def decode(model: Any = model, model_cache: Any = model_cache) -> None:
-            model_cache.length = length - steps
-            for token in tokens.split(1, dim=1):
-                model(token, cache=model_cache)[0].argmax(dim=-1)
+            def decode(step: Any = steps[name], model_cache: Any = model_cache) -> None:
+                model_cache.length = model_cache.max_len - num_steps
+                for token in tokens.split(1, dim=1):
+                    step(token, cache=model_cache)[0].argmax(dim=-1)
 
-        to_reach = None
-        if name == "mla" and length >= 2048:
-            to_reach = 1.0 if batch_size > 1 else 0.85
-        rate = partial(rate_of, decode, batch_size * steps, device)
-        contenders[name] = Contender(rate, to_reach, f"cache {format_bytes(model_cache.nbytes)}")
-    return compare(f"decode, {length:,} tokens, batch {batch_size}", "tokens/s", contenders, settings.repeats)
+            to_reach = None
+            if name == "mla" and length >= 2048:
+                to_reach = 1.0 if batch_size > 1 else 0.85
+            rate = partial(rate_of, decode, batch_size * num_steps, device)
+            contenders[name] = Contender(rate, to_reach, f"cache {format_bytes(model_cache.nbytes)}")
+        yield compare(f"decode, {length:,} tokens, batch {batch_size}", "tokens/s", contenders, settings.repeats)
 
 
 # ----------------------------------------------------------------------------------------------------- attention
