@@ -537,7 +537,7 @@ class RowLinear(nn.Linear):
 def compile_step(model: Any) -> Any:
     """model(token, cache=cache) for the tokens (B, 1) after a prompt, compiled: some 30 s at the first ones.
 
-    The position is a symbol in it, so that all tokens run one program (Infini: one more where a segment ends).
+    The position is a symbol in it, so that all tokens run one program. Infini's layer 0 stays outside of it.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
