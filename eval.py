@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -228,7 +229,7 @@ def heldout_contexts(
     exact = exact_contexts(block, table, tokens)
     generator = torch.Generator().manual_seed(0)  # the same noise for every model
     noisy = exact[:-1] + noise * torch.randn(exact[:-1].shape, generator=generator)
-    moved = block.step(noisy.to(table.device), block.gathered_token_half(tokens[1:].to(table.device), table))
+    moved = block.step(noisy.to(table.device), F.embedding(tokens[1:].to(table.device), block.token_half(table)))
     return exact, compute_convergence_rate(moved.cpu(), exact[1:], threshold)
 
 

@@ -122,11 +122,6 @@ class ContextBlock(nn.Module):
         e = self.embed_norm(embeddings)
         return torch.cat([F.linear(e, m.weight[:, self.context_dim :], m.bias) for m in self.linears], dim=-1)
 
-    def gathered_token_half(self, ids: Tensor, table: Tensor) -> Tensor:
-        """token_half(table[ids]), computed once per distinct id: ids (N,), embedding table (V, C) -> (N, E)."""
-        distinct, where = ids.unique(return_inverse=True)
-        return F.embedding(where, self.token_half(table[distinct]))
-
     def step(self, c: Tensor, token_half: Tensor) -> Tensor:
         """c_{t-1} (B, E) and the token half of token t -> c_t (B, E)."""
         for linear, norm, half in zip(self.linears, self.norms, token_half.split(self.context_dim, -1), strict=True):
@@ -207,22 +202,32 @@ def oacd_iteration(
 
     tokens (N,) and contexts (N, E) stay on the CPU and visit the device of the embedding table (V, C) a batch at a
     time, so that the device's memory does not grow with N. Contexts hold the last iteration's, then this one's.
+
+    The token half is computed, and differentiated, once per distinct id: its gradient is summed up over the batches.
     """
     num_batches = math.ceil(len(tokens) / batch_size)
+    distinct, places = tokens.unique(return_inverse=True)
+    token_half = block.token_half(table[distinct.to(table.device)].detach())  # (distinct ids, E)
+    half_gradient = torch.zeros_like(token_half)
     before = contexts.new_zeros(1, block.context_dim)  # c_{-1}
     total_loss, rate = 0.0, 0.0
     optimizer.zero_grad()
-    for ids, old in zip(tokens.split(batch_size), contexts.split(batch_size), strict=True):
+    for where, old in zip(places.split(batch_size), contexts.split(batch_size), strict=True):
         shifted = torch.cat([before, old[:-1]]).to(table.device)  # token t reads what the last iteration gave t-1
         noisy = shifted + context_noise * torch.randn_like(shifted)
-        new = block.step(noisy, block.gathered_token_half(ids.to(table.device), table.detach()))
+        where = where.to(table.device)
+        half = F.embedding(where, token_half.detach()).requires_grad_()
+        new = block.step(noisy, half)
         loss = oacd_loss(new, centroid_weight) / num_batches
         loss.backward()
+        assert half.grad is not None
+        half_gradient.index_add_(0, where, half.grad)
         total_loss += loss.item()
         new = new.detach().cpu()
-        rate += compute_convergence_rate(new, old, convergence_threshold) * len(ids) / len(tokens)
+        rate += compute_convergence_rate(new, old, convergence_threshold) * len(old) / len(tokens)
         before = old[-1:].clone()  # the next batch reads it after it is overwritten here
         old.copy_(new)
+    token_half.backward(half_gradient)
     if gradient_clip:
         nn.utils.clip_grad_norm_(block.parameters(), gradient_clip)
     optimizer.step()

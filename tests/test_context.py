@@ -91,19 +91,6 @@ def test_the_recurrence_is_the_plain_loop(num_layers: int, embed_norm: bool) -> 
     torch.testing.assert_close(block(contexts[:, 3], embeddings[:, 4]), expected[:, 4], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_the_gathered_token_half_is_the_direct_one_with_the_same_gradients(num_layers: int) -> None:
-    block, table = make_block(num_layers), torch.randn(11, 6, dtype=torch.float64)
-    ids = torch.randint(11, (40,))
-    upstream = torch.randn(40, 5 * num_layers, dtype=torch.float64)
-    results = []
-    for half in (block.token_half(table[ids]), block.gathered_token_half(ids, table)):
-        block.zero_grad()
-        half.backward(upstream)
-        results.append((half, [(m.weight.grad.clone(), m.bias.grad.clone()) for m in block.linears]))
-    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=0)
-
-
 # ------------------------------------------------------------------------------------------------------- Phase 1
 
 
@@ -161,9 +148,10 @@ def test_oacd_loss_convergence_and_rank_by_hand() -> None:
     assert effective_rank(contexts) == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-6)
 
 
-def test_one_iteration_is_the_plain_loop() -> None:
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_one_iteration_is_the_plain_loop(num_layers: int) -> None:
     """Shifted contexts, noise, batches, loss / number of batches, one clipped step: 23 tokens in batches of 10."""
-    block, reference = make_block(), make_block()
+    block, reference = make_block(num_layers), make_block(num_layers)
     table = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(11, (23,))
     before = torch.randn(23, 5, dtype=torch.float64)
@@ -172,7 +160,7 @@ def test_one_iteration_is_the_plain_loop() -> None:
     for parameter in block.parameters():
         parameter.grad = torch.ones_like(parameter)  # left over from the iteration before
     torch.manual_seed(7)
-    numbers = {**PASS, "batch_size": 10, "gradient_clip": 0.01, "convergence_threshold": 0.5}
+    numbers = {**PASS, "batch_size": 10, "gradient_clip": 0.01, "convergence_threshold": 1.0}
     loss, rate = oacd_iteration(block, table, tokens, contexts, optimizer, **numbers)
 
     torch.manual_seed(7)
@@ -189,7 +177,7 @@ def test_one_iteration_is_the_plain_loop() -> None:
     torch.testing.assert_close(contexts, expected.detach(), atol=1e-12, rtol=0)
     assert loss == pytest.approx(losses.sum().item())
     assert 0 < rate < 1
-    assert rate == pytest.approx(compute_convergence_rate(expected, before, threshold=0.5))
+    assert rate == pytest.approx(compute_convergence_rate(expected, before, threshold=1.0))
     parameters = list(reference.parameters())
     grads = torch.autograd.grad(losses.sum(), parameters)
     norm = torch.stack([grad.norm() for grad in grads]).norm()
