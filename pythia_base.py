@@ -237,10 +237,10 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """h (N, C) and weight (V, C) of one dtype, targets (N,) -> scalar loss in float32."""
+        """h (N, C), weight (V, C), targets (N,) -> scalar loss in float32; the products are in the dtype of h."""
         kept = (targets != -100)[:, None]
         targets = targets.masked_fill(targets == -100, 0)[:, None]
-        dh = torch.empty_like(h)
+        dh, W = torch.empty_like(h), weight.to(h.dtype)
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total, smallest = torch.zeros((), device=h.device), torch.finfo(torch.float32).tiny
         # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
@@ -249,11 +249,11 @@ class HeadLoss(torch.autograd.Function):
         for i in range(0, len(h), LOSS_ROWS):
             rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
             logits, p = logits[: len(rows)], p[: len(rows)]  # the last chunk may be shorter
-            p.copy_(torch.mm(rows, weight.T, out=logits))
+            p.copy_(torch.mm(rows, W.T, out=logits))
             torch.softmax(p, dim=-1, out=p)
             total -= (p.gather(1, y).clamp(min=smallest).log() * keep).sum()
             grad = logits.copy_(p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)))  # p - y
-            torch.mul(grad @ weight, keep, out=dh[i : i + LOSS_ROWS])
+            torch.mul(grad @ W, keep, out=dh[i : i + LOSS_ROWS])
             if dw is not None:
                 rows = rows * keep
                 for part, columns in zip(dw.split(LOSS_COLUMNS), grad.split(LOSS_COLUMNS, dim=1), strict=True):
@@ -266,7 +266,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         dh, dw = ctx.saved_tensors
         scale = grad_output / ctx.count
-        return dh * scale.to(dh.dtype), None if dw is None else dw * scale.to(dw.dtype), None
+        return dh.mul_(scale), None if dw is None else dw.mul_(scale), None
 
 
 def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,10 +288,9 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """next_token_loss of the head's logits for h (B, T, C), in the dtype of autocast where that is on."""
     device_type = h.device.type
     if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        h, weight = h.to(dtype), weight.to(dtype)
+        h = h.to(torch.get_autocast_dtype(device_type))
     if not torch.is_grad_enabled():
-        return score_tokens(h, weight, targets)[0].sum() / (targets != -100).sum().clamp(min=1)
+        return score_tokens(h, weight.to(h.dtype), targets)[0].sum() / (targets != -100).sum().clamp(min=1)
     return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
 
 
