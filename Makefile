@@ -1,4 +1,5 @@
 # make run: from nothing to a trained, measured MLA-Pythia.   make test: lint, types, tests.
+# make stress: what the tests have no time for, an hour or two.
 # make compare: every architecture on the same tokens, and the report; SEEDS=2 trains all twice, SIZE=full is for a GPU.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SIZE ?= laptop
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-.PHONY: run compare test
+.PHONY: run compare test stress
 
 run: .venv/installed
 	$(BIN)/python prep.py
@@ -28,6 +29,9 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
+
+stress: .venv/installed-dev
+	$(BIN)/pytest -n 2 --kills=100 --long -rP tests/test_crash.py tests/test_compare.py tests/test_soak.py tests/test_models.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="half an hour of training, a decode of 100,000 tokens")
-    parser.addoption("--kills", type=int, default=1, help="how often tests/test_crash.py kills each command")
+    parser.addoption("--kills", type=int, default=1, help="how often tests kill each command")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Every command killed by SIGKILL, before writes and at any moment, or out of disk; then started again.
 
-    pytest tests/test_crash.py                      # a few kills per command
-    pytest tests/test_crash.py --kills=100 -s       # as many as one likes, with a line per command
+    pytest tests/test_crash.py                      # a kill and a full disk per command
+    pytest tests/test_crash.py --kills=100 -s       # as many kills as one likes, with a line per command
 
 A command is killed once just before a change on the disk (a file opened for writing, flushed, renamed or removed), the
 next time after a random while, and so on. After each kill every file that stands under its final name has to be whole,
@@ -257,7 +257,7 @@ def test_a_full_disk_ends_a_command_with_one_line(
     name: str, left_alone: Callable[[str], Whole], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Half the largest file has room, then another share of it; what stands is whole, and the run goes on from it."""
-    command, times, rng = COMMANDS[name], request.config.getoption("--kills"), random.Random(name)
+    command, times, rng = COMMANDS[name], -(-request.config.getoption("--kills") // 10), random.Random(name)
     whole, folder = left_alone(name), tmp_path / "work"
     for share in [0.5, *(rng.uniform(0.2, 1) for _ in range(1, times))]:
         renew(folder, whole.before)
