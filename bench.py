@@ -535,58 +535,47 @@ def bench_attention(settings: BenchSettings, device: torch.device) -> Iterator[T
 
 
 def plain_oacd_iteration(
-    block: ContextBlock,
-    table: Tensor,
-    tokens: Tensor,
-    contexts: Tensor,
-    optimizer: torch.optim.Optimizer,
-    *,
-    batch_size: int,
-    context_noise: float,
-    centroid_weight: float,
-    gradient_clip: float,
-    convergence_threshold: float,
+    block: ContextBlock, table: Tensor, tokens: Tensor, contexts: Tensor, optimizer: Any, **numbers: Any
 ) -> None:
-    """oacd_iteration with the token half of every token."""
+    """oacd_iteration, with the token half of every token."""
+    batch_size = numbers["batch_size"]
     shifted = torch.cat([contexts.new_zeros(1, block.context_dim), contexts[:-1]])
     optimizer.zero_grad()
     for ids, c, old in zip(*(x.split(batch_size) for x in (tokens, shifted, contexts)), strict=True):
         c = c.to(table.device)
-        new = block(c + context_noise * torch.randn_like(c), table[ids.to(table.device)])
-        (oacd_loss(new, centroid_weight) * batch_size / len(tokens)).backward()
+        new = block(c + numbers["context_noise"] * torch.randn_like(c), table[ids.to(table.device)])
+        (oacd_loss(new, numbers["centroid_weight"]) * batch_size / len(tokens)).backward()
         new = new.detach().cpu()
-        compute_convergence_rate(new, old, convergence_threshold)
+        compute_convergence_rate(new, old, numbers["convergence_threshold"])
         old.copy_(new)
-    nn.utils.clip_grad_norm_(block.parameters(), gradient_clip)
+    nn.utils.clip_grad_norm_(block.parameters(), numbers["gradient_clip"])
     optimizer.step()
 
 
 def bench_phase1(settings: BenchSettings, device: torch.device) -> Iterator[Table]:
     """One OACD iteration with the settings of config/phase1.py."""
-    config, numbers = model_config("context", settings), Phase1Settings()
+    config, phase1 = model_config("context", settings), asdict(Phase1Settings())
+    given = ("batch_size", "context_noise", "centroid_weight", "gradient_clip", "convergence_threshold")
+    numbers = {name: phase1[name] for name in given}
     num_tokens = 20_000 if settings.quick else 100_000
     tokens = text_batch(settings, 1, num_tokens)[0][0]
     table = seeded_model("context", settings).embed_in.weight.detach().to(device)
+    forms: dict[str, tuple[Callable[..., Any], float | None]] = {
+        "token half per token": (plain_oacd_iteration, None),
+        "token half per distinct id": (oacd_iteration, 1.4),
+    }
     contenders, states = {}, []
-    for name, iteration, to_reach in (
-        ("token half per token", plain_oacd_iteration, None),
-        ("token half per distinct id", oacd_iteration, 1.4),
-    ):
+    for name, (iteration, to_reach) in forms.items():
         torch.manual_seed(0)
         block = ContextBlock(config.hidden_size, config.context_dim, 1, config.layer_norm_eps, config.init, True)
         block.to(device)
         contexts = first_contexts(num_tokens, config.context_dim)
-        optimizer = torch.optim.Adam(block.parameters(), lr=numbers.learning_rate)
-        run_once = partial(
-            iteration, block, table, tokens, contexts, optimizer,
-            batch_size=numbers.batch_size, context_noise=numbers.context_noise,
-            centroid_weight=numbers.centroid_weight, gradient_clip=numbers.gradient_clip,
-            convergence_threshold=numbers.convergence_threshold,
-        )  # fmt: skip
+        optimizer = torch.optim.Adam(block.parameters(), lr=phase1["learning_rate"])
+        work = partial(iteration, block, table, tokens, contexts, optimizer, **numbers)
 
-        def iterate(run_once: Any = run_once) -> None:
+        def iterate(work: Callable[[], Any] = work) -> None:
             torch.manual_seed(0)
-            run_once()
+            work()
 
         states.append(contexts)
         contenders[name] = Contender(partial(rate_of, iterate, num_tokens, device), to_reach)
