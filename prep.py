@@ -272,16 +272,20 @@ worker_encoder: Encoder  # of a worker process, set by start_worker
 def start_worker(settings: PrepSettings) -> None:
     global worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     worker_encoder = Encoder(settings, load_tokenizer(settings.tokenizer, settings.data_dir))
 
 
 def end_with_parent() -> None:
-    """A parent that is killed takes its workers along; they would wait for work forever."""
+    """A parent that is killed takes this process along, which would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode_in_worker(batch: Sequence[Document]) -> list[Encoded]:
