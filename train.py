@@ -432,10 +432,13 @@ class LMTrainer:
         self.checkpoint(is_best)
 
     def checkpoint(self, is_best: bool = False) -> None:
-        """Save the state, also as the best one if it is; the time this takes is not the training's."""
+        """Save the state, also as the best one if it is; the time this takes is not the training's.
+
+        A run that is killed before ckpt.pt is written comes to best.pt again; the other way round it would be without.
+        """
         self.log_losses()
         if self.world.is_main:
-            self.folder.save(self.state(), "ckpt.pt", *(["best.pt"] if is_best else []))
+            self.folder.save(self.state(), *(["best.pt"] if is_best else []), "ckpt.pt")
         self.lap()
 
     def finish(self) -> None:

@@ -158,6 +158,27 @@ def test_a_run_cut_off_at_any_step_ends_as_if_it_had_not_been(
     assert {k for k in summaries[0] if summaries[0][k] != summaries[1][k]} <= {"train_seconds", "checkpoint"}
 
 
+def test_a_run_cut_off_between_its_two_checkpoints_ends_with_both(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut, save = tmp_path / "whole", tmp_path / "cut", runs.RunFolder.save
+    run_training(monkeypatch, *arguments, f"--out_dir={whole}")
+    for last in (4, 8, 12):
+
+        def interrupted(self: runs.RunFolder, checkpoint: dict[str, Any], *names: str, last: int = last) -> None:
+            save(self, checkpoint, *names[: 1 if checkpoint["iter_num"] == last else None])
+            if checkpoint["iter_num"] == last:
+                raise PowerCut
+
+        monkeypatch.setattr(runs.RunFolder, "save", interrupted)
+        with pytest.raises(PowerCut):
+            run_training(monkeypatch, *arguments, f"--out_dir={cut}")
+    monkeypatch.setattr(runs.RunFolder, "save", save)
+    run_training(monkeypatch, *arguments, f"--out_dir={cut}")
+    for name in ("ckpt.pt", "best.pt"):
+        torch.testing.assert_close(weights(cut, name), weights(whole, name), atol=0, rtol=0)
+
+
 def test_sigkill_and_sigterm_lose_nothing_that_was_saved(arguments: list[str], tmp_path: Path) -> None:
     folder, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, str(ROOT / "train.py"), *arguments, "--max_iters=60", "--eval_interval=10"]
