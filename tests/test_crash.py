@@ -256,10 +256,10 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
 def test_a_full_disk_ends_a_command_with_one_line(
     name: str, left_alone: Callable[[str], Whole], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Half the largest file has room, then more (the output needs some too); what stands is whole, the run goes on."""
+    """Half the largest file has room, then another share of it; what stands is whole, and the run goes on from it."""
     command, times, rng = COMMANDS[name], -(-request.config.getoption("--kills") // 10), random.Random(name)
     whole, folder = left_alone(name), tmp_path / "work"
-    for share in [0.5, *(rng.uniform(0.5, 1) for _ in range(1, times))]:
+    for share in [0.5, *(rng.uniform(0.2, 1) for _ in range(1, times))]:
         renew(folder, whole.before)
         (folder / "output.txt").unlink()  # it cannot grow any further either
         old = results(folder, command.results)
