@@ -308,3 +308,9 @@ def test_help_into_a_closed_pipe_says_nothing(
         assert type_in(monkeypatch, f"{script} --help") == 1
     monkeypatch.undo()
     assert capsys.readouterr().err == ""
+
+
+def test_a_disk_too_full_for_any_message_is_status_2() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], stdout=full, stderr=full, check=False)
+    assert ended.returncode == 2
