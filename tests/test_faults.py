@@ -312,5 +312,6 @@ def test_help_into_a_closed_pipe_says_nothing(
 
 def test_a_disk_too_full_for_any_message_is_status_2() -> None:
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], stdout=full, stderr=full, check=False)
+        command = [sys.executable, str(ROOT / "sample.py"), "--help"]
+        ended = subprocess.run(command, stdout=full, stderr=full, check=False)
     assert ended.returncode == 2
