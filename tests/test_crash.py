@@ -25,7 +25,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,15 +91,15 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def play(words: list[str], folder: Path, kill_before: int, room: int, changes: Any) -> None:
+def play(words: list[str], folder: Path, kill_before: int, room: int, changes: Any, output: Connection) -> None:
     """Run a command in a folder, in this process; killed before the change of that number on the disk.
 
     No file can grow beyond `room` bytes, if that is given: writing fails as it does on a full disk.
     """
     os.chdir(folder)
-    with open("output.txt", "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most if room < 0 else room, most))
     torch.set_num_threads(1)
@@ -125,19 +127,33 @@ def play(words: list[str], folder: Path, kill_before: int, room: int, changes: A
     run(module.main)
 
 
-def start(
-    words: list[str], folder: Path, kill_before: int = 0, seconds: float | None = None, room: int = -1
-) -> tuple[int, int]:
-    """Run a command, perhaps to be killed; returns its exit status, -9 if it was, and how often it changed the disk."""
+class Ended(NamedTuple):
+    status: int  # -9 if it was killed
+    changes: int  # of the disk
+    said: str
+
+
+def start(words: list[str], folder: Path, kill_before: int = 0, seconds: float | None = None, room: int = -1) -> Ended:
+    """Run a command to its end, or kill it after some seconds."""
     changes = processes.Value("i", 0, lock=False)
-    process = processes.Process(target=play, args=(words, folder, kill_before, room, changes))
+    reader, output = processes.Pipe(duplex=False)
+    process = processes.Process(target=play, args=(words, folder, kill_before, room, changes, output))
     process.start()
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    assert process.exitcode is not None
-    return process.exitcode, changes.value
+    output.close()
+    with reader, open(reader.fileno(), closefd=False) as lines, ThreadPoolExecutor() as pool:
+        said = pool.submit(lines.read)
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        assert process.exitcode is not None
+        return Ended(process.exitcode, changes.value, said.result())
+
+
+def succeed(words: list[str], folder: Path) -> Ended:
+    ended = start(words, folder)
+    assert ended.status == 0, ended.said
+    return ended
 
 
 def plain(value: Any) -> Any:
@@ -193,7 +209,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"Note {i}: " + f"the kettle sings {i % 7} times before noon. " * (i % 9 + 1) for i in range(40)]
     (folder / "notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["prep.py", *DATA[:2], "--files=notes.jsonl"]
-    assert start(words, folder)[0] == 0, (folder / "output.txt").read_text()
+    succeed(words, folder)
     return folder
 
 
@@ -214,12 +230,11 @@ def left_alone(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         command, before, folder = COMMANDS[name], tmp_path_factory.mktemp("before"), tmp_path_factory.mktemp("whole")
         renew(before, ready)
         for needed in command.after:
-            assert start(COMMANDS[needed].words, before)[0] == 0
+            succeed(COMMANDS[needed].words, before)
         renew(folder, before)
         started = time.monotonic()
-        status, changes = start(command.words, folder)
+        changes = succeed(command.words, folder).changes
         seconds = time.monotonic() - started
-        assert status == 0, (folder / "output.txt").read_text()
         found = results(folder, command.results)
         return Whole(before, found, max((folder / name).stat().st_size for name in found), changes, seconds)
 
@@ -240,12 +255,12 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
         if moment is not None:
             renew(folder, before)  # that change of the disk comes in an uninterrupted run
             saved = steps_saved(folder)
-        status, _ = start(command.words, folder, moment or 0, None if moment else rng.uniform(0, 1.2 * seconds))
-        assert status in (0, -9), (folder / "output.txt").read_text()
+        status, _, said = start(command.words, folder, moment or 0, None if moment else rng.uniform(0, 1.2 * seconds))
+        assert status in (0, -9), said
         assert steps_saved(folder) >= saved
         survived += status == -9
         if status == 0 or moment is not None or survived == kills:
-            assert start(command.words, folder)[0] == 0, (folder / "output.txt").read_text()
+            succeed(command.words, folder)
             assert results(folder, command.results) == expected
             finished += 1
             renew(folder, before)
@@ -261,16 +276,14 @@ def test_a_full_disk_ends_a_command_with_one_line(
     whole, folder = left_alone(name), tmp_path / "work"
     for share in [0.5, *(rng.uniform(0.2, 1) for _ in range(1, times))]:
         renew(folder, whole.before)
-        (folder / "output.txt").unlink()  # it cannot grow any further either
         old = results(folder, command.results)
-        status, _ = start(command.words, folder, room=int(share * whole.largest))
-        said = (folder / "output.txt").read_text()
+        status, _, said = start(command.words, folder, room=int(share * whole.largest))
         assert status == 2, said
         assert "Traceback" not in said
         assert len(re.findall(r"^error: File too large: .* is kept$", said, re.MULTILINE)) == 1, said
         for path, value in results(folder, command.results).items():  # read as a whole, each of them
             if path in whole.results and path.startswith(("data", "compare")):  # a run's go from state to state
                 assert value in (old.get(path), whole.results[path])
-        assert start(command.words, folder)[0] == 0, (folder / "output.txt").read_text()
+        succeed(command.words, folder)
         assert results(folder, command.results) == whole.results
     print(f"{name}: {times} full disks survived")
