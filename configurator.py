@@ -657,7 +657,10 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit would fail once more
         sys.exit(1)
-    except OSError as error:  # the output goes to a disk that is full
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        # the output itself goes to a disk that is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(OSError):
             fail(f"{error.strerror}: while writing the output")
