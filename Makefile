@@ -20,7 +20,7 @@ run: .venv/installed
 	$(BIN)/python sample.py out/mla_kv128-laptop --prompt="The history of"
 
 compare: .venv/installed
-	$(BIN)/python compare.py --size=$(SIZE) --seeds=$(SEEDS)
+	$(BIN)/python -m tools.compare --size=$(SIZE) --seeds=$(SEEDS)
 
 out/compare/results.json: out/mla_kv128-laptop/summary.json
 	$(BIN)/python eval.py out/mla_kv128-laptop

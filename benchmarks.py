@@ -24,12 +24,12 @@ import torch
 import zstandard
 from tqdm import tqdm
 
-from configurator import EvalSettings, InputError, one_line
-from downloads import hub_revision, require_whole_zst
+from configurator import EvalSettings
+from kit.files import InputError, one_line
+from kit.text import Tokenizer, hub_revision, normalize_nfc, require_whole_zst
+from kit.tokens import TokenFile
 from prep import Document, HubSet, stream_hub
 from pythia_base import safe_exp, score_tokens
-from tokenizer import Tokenizer, normalize_nfc
-from tokens import TokenFile
 
 HUB_TEXTS = {
     "EleutherAI/wikitext_document_level": HubSet(

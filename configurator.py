@@ -11,23 +11,20 @@ exit status 2.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
-import errno
 import inspect
-import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-import torch
-
+from kit.contexts import ContextSettings
+from kit.files import InputError, one_line
+from kit.runs import read_checkpoint
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import ContextKVConfig, ContextKVPythiaModel, ContextPythiaConfig, ContextPythiaModel
 from model_infini import InfiniConfig, InfiniPythiaModel
@@ -44,10 +41,6 @@ MODELS: dict[str, tuple[type, type]] = {
 }
 
 S = TypeVar("S")
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message is one line that says what is wrong and what to do."""
 
 
 # ------------------------------------------------------------------------------------------------- the settings
@@ -151,7 +144,7 @@ class Phase1Settings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class PrepSettings:
+class PrepSettings(ContextSettings):
     """prep.py"""
 
     stage: Literal["tokens", "contexts"] = "tokens"  # text to token files, or token files to a context cache
@@ -165,13 +158,6 @@ class PrepSettings:
     max_tokens: int | None = None  # stop after about so many tokens
     num_workers: int | None = None  # tokenising processes; None: one per core
     overwrite: bool = False  # replace token files made with other settings
-    init_from: str = ""  # contexts: the run of a trained ContextBlock, such as out/phase1
-    method: Literal["lanes", "sequential"] = "lanes"  # contexts: parts of the stream in lockstep, or token by token
-    lanes: int = 128  # contexts: parts of a chunk that advance in lockstep
-    overlap: int = 100  # contexts: tokens before its first that a lane begins at, to forget where it started
-    tolerance: float = 3e-6  # contexts: a lane whose state is further from the end of the lane before is run again
-    chunk_tokens: int = 100_000  # contexts: tokens on the device at a time, and what an interruption loses at most
-    context_stride: int = 1  # contexts: keep one of so many, that much less disk; phase 2 runs the others again
     device: str = "auto"  # contexts: 'auto' takes cuda, then mps, then cpu
 
     def __post_init__(self) -> None:
@@ -530,11 +516,6 @@ def build_model(name: str, model_config: Any) -> Any:
     return MODELS[name][1](model_config)
 
 
-def model_args(model_config: Any) -> dict[str, Any]:
-    """A model config as plain values, from which MODELS' config class builds it again."""
-    return {key: value for key, value in asdict(model_config).items() if key in names(type(model_config))}
-
-
 def baseline_config(model_config: Any) -> PythiaConfig:
     """The Pythia of the same widths and depth, which a variant's cache is held against.
 
@@ -547,40 +528,13 @@ def baseline_config(model_config: Any) -> PythiaConfig:
     return PythiaConfig(**values)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A run folder (its ckpt.pt) or a checkpoint file -> its contents, on the CPU, nothing executed.
-
-    Raises InputError if there is none, or if it is damaged or of another layout.
-    """
-    file = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise InputError(f"{path} holds no checkpoint: train one with train.py, or name a run folder")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # zip and pickle readers each have errors of their own
-        raise InputError(f"{file} cannot be read ({type(error).__name__}): truncated, or no checkpoint") from None
-    layout = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "data": dict}
-    layout |= {"parents": list, "tokens_seen": int, "commit": str}
-    fits = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in layout.items())
-    if (
-        not fits
-        or checkpoint["config"].get("model") not in list(MODELS)
-        or not {"phase", "dataset", "seed"} <= checkpoint["config"].keys()
-        or "tokenizer" not in checkpoint["data"]
-    ):
-        raise InputError(f"{file} is no checkpoint of this version of the project: train it again")
-    return checkpoint
-
-
 def rebuild_model(checkpoint: dict[str, Any], source: str | Path) -> Any:
     """The trained model of a checkpoint. Raises InputError if its weights and settings do not belong together."""
-    config_class, model_class = MODELS[checkpoint["config"]["model"]]
     try:
+        config_class, model_class = MODELS[checkpoint["config"]["model"]]
         model = model_class(config_class(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{source} is of another version of its model: {one_line(error)[:200]}") from None
     return model
 
@@ -597,95 +551,3 @@ def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
         return PythiaModel.from_pretrained(source), None
     except (OSError, ValueError, KeyError) as error:
         raise InputError(one_line(error)) from None
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto' takes CUDA, then Apple MPS, then the CPU. Raises InputError if a named device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name!r} cannot be used here: {one_line(error)[:120]}") from None
-
-
-# ------------------------------------------------------------------------------------------------------ every script
-
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())
-
-
-# what the disk or a path is to blame for
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-DISK_ERRORS |= {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder for results, unless it is there. Raises InputError if a file stands in its place."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path} cannot be made: a file stands in the place of a folder") from None
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file opened under a temporary name that takes the place of the old one once it is complete on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; Ctrl-C ends it with status 130, a reader of its output that has gone (`| head`) with 1.
-
-    Bad input, a disk that is full or not to be written to, and want of memory end it with one line on stderr and 2.
-    """
-    try:
-        try:
-            run_to_one_line(main)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit would fail once more
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        # the output itself goes to a disk that is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        with contextlib.suppress(OSError):
-            fail(f"{error.strerror}: while writing the output")
-        sys.exit(2)
-
-
-def run_to_one_line(main: Callable[[], None]) -> None:
-    try:
-        main()
-    except InputError as error:
-        sys.exit(fail(one_line(error)))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        sys.exit(fail(f"{error.strerror}: {error.filename or 'while writing'}; what was complete before is kept"))
-    except (MemoryError, RuntimeError) as error:
-        if "C++ compiler" in str(error):
-            sys.exit(fail("torch.compile finds no C++ compiler: install one, g++ or clang++, or leave compile=False"))
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        sys.exit(fail(f"out of memory: a smaller batch or model is needed ({one_line(error)[:150]})"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2

@@ -29,25 +29,22 @@ from tqdm import tqdm
 from benchmarks import Unavailable, detokenize, evaluate_benchmarks, find_overlap, load_texts
 from configurator import (
     EvalSettings,
-    InputError,
     Phase1Settings,
     PrepSettings,
     baseline_config,
     build_model,
     load_source,
-    make_folder,
     parse_settings,
-    pick_device,
-    run,
 )
-from contexts import exact_contexts
+from kit.contexts import exact_contexts
+from kit.files import InputError, make_folder, run
+from kit.report import AFTER_FIRST, format_comparison, format_table, overlap_table, write_report
+from kit.runs import pick_device
+from kit.text import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer
+from kit.tokens import TokenFile, document_bounds, load_tokens
 from model_context import ContextBlock, compute_convergence_rate, effective_rank
 from prep import Document
 from pythia_base import safe_exp, score_tokens, stream_tokens
-from report import AFTER_FIRST, format_comparison, format_table, overlap_table, write_report
-from reversal import ReversalPair, get_reversal_pairs
-from tokenizer import Tokenizer, load_tokenizer
-from tokens import TokenFile, document_bounds, load_tokens
 
 TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run

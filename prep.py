@@ -39,21 +39,25 @@ import numpy.typing as npt
 from filelock import FileLock
 from tqdm import tqdm
 
-from configurator import DISK_ERRORS, InputError, PrepSettings, make_folder, parse_settings, run
-from contexts import prepare_contexts
-from downloads import (
+from configurator import PrepSettings, load_source, parse_settings
+from kit.contexts import context_cache
+from kit.files import DISK_ERRORS, InputError, make_folder, run, sha256_of
+from kit.runs import pick_device
+from kit.text import (
     DJANGO,
     WIKI,
+    BackwardSearch,
+    Tokenizer,
     fetch,
+    get_reversal_pairs,
     hub_revision,
+    load_tokenizer,
     read_tar_members,
     read_zip_member,
     require_whole_zst,
-    sha256_of,
+    utf8,
 )
-from reversal import BackwardSearch, get_reversal_pairs
-from tokenizer import Tokenizer, load_tokenizer, utf8
-from tokens import DATASETS, INDEX_DTYPE, SPLITS, load_tokens
+from kit.tokens import DATASETS, INDEX_DTYPE, SPLITS, load_tokens
 
 DATA_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in (".bin", "_doc_index.npy"))
 BATCH_DOCUMENTS = 64  # what a worker gets at a time
@@ -545,6 +549,21 @@ def print_summary(folder: Path) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def prepare_contexts(settings: PrepSettings) -> None:
+    """The stage of the command line: the contexts of both splits of the dataset that a run was trained on."""
+    if not settings.init_from:
+        raise InputError("--stage=contexts needs the run of a trained ContextBlock: --init_from=out/phase1")
+    model, checkpoint = load_source(settings.init_from)
+    if not (checkpoint and hasattr(model, "context_blocks")):
+        raise InputError(f"{settings.init_from} has no ContextBlock: name a run of config/phase1.py")
+    dataset = checkpoint["config"]["dataset"]
+    if settings.dataset not in (PrepSettings.dataset, dataset):
+        raise InputError(f"{settings.init_from} was trained on {dataset}: leave out --dataset={settings.dataset}")
+    model.to(pick_device(settings.device))
+    for split in SPLITS:
+        context_cache(model, load_tokens(Path(settings.data_dir, dataset), split), settings)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Generates text from a trained model, as it is drawn, and shows what its cache holds.
 
-    python sample.py out/mla_kv128-laptop --prompt="The capital of France"
+python sample.py out/mla_kv128-laptop --prompt="The capital of France"
 """
 
 import sys
@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 
-from configurator import (
-    InputError,
-    SampleSettings,
-    baseline_config,
-    build_model,
-    load_source,
-    parse_settings,
-    pick_device,
-    run,
-)
+from configurator import SampleSettings, baseline_config, build_model, load_source, parse_settings
+from kit.files import InputError, run
+from kit.runs import pick_device
+from kit.text import Tokenizer, load_tokenizer
 from pythia_base import Cache, compile_step, input_major, stream_tokens
-from tokenizer import Tokenizer, load_tokenizer
 
 
 def print_pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor]) -> None:

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import (
-    InputError,
     Job,
     LMSettings,
     Phase1Settings,
@@ -33,21 +32,18 @@ from configurator import (
     TrainSettings,
     build_model,
     load_source,
-    model_args,
-    one_line,
     parse_train,
-    read_checkpoint,
-    run,
 )
-from contexts import ContextReader, context_cache, exact_contexts
 from eval import RUN_TASKS, evaluate_model, heldout_contexts
+from kit.contexts import ContextReader, context_cache, exact_contexts
+from kit.files import InputError, one_line, run
+from kit.report import duration, format_rank, format_summary, format_table
+from kit.runs import RunFolder, StopRequest, World, git_commit, model_args, open_world, read_checkpoint
+from kit.tokens import Stretches, TokenFile, Windows, load_tokens, window_batch
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import prepare
 from pythia_base import make_optimizer, safe_exp
-from report import duration, format_rank, format_summary, format_table
-from runs import RunFolder, StopRequest, World, git_commit, open_world
-from tokens import Stretches, TokenFile, Windows, load_tokens, window_batch
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
 

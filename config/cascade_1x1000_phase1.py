@@ -1,9 +1,9 @@
 # Phase 1 of the cascade with one block of 1,000. Then cascade_1x1000_phase2.py.
 # Needs GPT-2's tokens: python prep.py --tokenizer=gpt2. Without a hub: --dataset=mini --embeddings=out/pythia
-model = 'cascade'
-phase = 'phase1'
-dataset = 'mini-gpt2'
-embeddings = 'gpt2'
+model = "cascade"
+phase = "phase1"
+dataset = "mini-gpt2"
+embeddings = "gpt2"
 num_context_blocks = 1
 context_dim = 1_000
 num_tokens = 100_000

@@ -1,9 +1,9 @@
 # Phase 1 of the cascade: two ContextBlocks of 500, each on its own half of the training tokens. Then cascade_phase2.py.
 # Needs GPT-2's tokens: python prep.py --tokenizer=gpt2. Without a hub: --dataset=mini --embeddings=out/pythia
-model = 'cascade'
-phase = 'phase1'
-dataset = 'mini-gpt2'
-embeddings = 'gpt2'
+model = "cascade"
+phase = "phase1"
+dataset = "mini-gpt2"
+embeddings = "gpt2"
 num_context_blocks = 2
 context_dim = 500
 num_tokens = 100_000

@@ -1,8 +1,8 @@
 # Phase 2 of the cascade: the TokenBlock alone, on the contexts of the two blocks of cascade_phase1.py.
-model = 'cascade'
-phase = 'phase2'
-init_from = 'config/cascade_phase1.py'
-dataset = 'mini-gpt2'
+model = "cascade"
+phase = "phase2"
+init_from = "config/cascade_phase1.py"
+dataset = "mini-gpt2"
 num_context_blocks = 2
 context_dim = 500
 learning_rate = 1e-3

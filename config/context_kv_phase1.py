@@ -1,6 +1,6 @@
 # Phase 1 of Context-KV: the ContextBlock alone, without labels, on 100,000 tokens. Then context_kv_phase2.py.
-model = 'context_kv'
-phase = 'phase1'
+model = "context_kv"
+phase = "phase1"
 num_tokens = 100_000
 max_iterations = 100
 convergence_threshold = 0.03

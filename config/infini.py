@@ -1,3 +1,3 @@
 # Infini-Pythia: layer 0 is one memory, written by the delta rule.
-model = 'infini'
+model = "infini"
 segment_len = 32

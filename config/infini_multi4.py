@@ -1,4 +1,4 @@
 # Infini-Pythia with four memories, written in turn and read by their relevance to each query.
-model = 'infini'
+model = "infini"
 segment_len = 32
 num_memories = 4

@@ -1,3 +1,3 @@
 # MLA-Pythia with a latent of 256 per layer in place of the 1,024 numbers of key and value.
-model = 'mla'
+model = "mla"
 kv_dim = 256

@@ -1,6 +1,6 @@
 # Phase 1 of Context-Pythia: the ContextBlock alone, without labels, on 100,000 tokens. Phase 2 follows in phase2.py.
-model = 'context'
-phase = 'phase1'
+model = "context"
+phase = "phase1"
 num_tokens = 100_000
 max_iterations = 100
 convergence_threshold = 0.03

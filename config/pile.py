@@ -1,5 +1,5 @@
 # A layer for GPUs, on top of any model: Pythia's own recipe on the Pile (python prep.py --dataset=pile first).
-dataset = 'pile'
+dataset = "pile"
 block_size = 2048
 gradient_accumulation_steps = 256  # 4 windows x 256 x 2,048 = 2 M tokens a step, shared out among the GPUs
 max_iters = 143000  # 300 B tokens

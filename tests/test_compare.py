@@ -19,8 +19,9 @@ import pytest
 from filelock import FileLock
 from test_crash import plain
 
-from compare import RECIPES, Comparison, Training, plan
-from configurator import CompareSettings, parse_train, read_checkpoint
+from configurator import CompareSettings, parse_train
+from kit.runs import read_checkpoint
+from tools.compare import RECIPES, Comparison, Training, plan
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -44,7 +45,7 @@ device = 'cpu'
 @pytest.fixture
 def here(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like the repository's, whose config/laptop.py is of a tiny model."""
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), ROOT / "kit", ROOT / "tools"]:
         (tmp_path / path.name).symlink_to(path)
     shutil.copytree(ROOT / "config", tmp_path / "config")
     (tmp_path / "data").mkdir()

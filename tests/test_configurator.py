@@ -19,7 +19,6 @@ from configurator import (
     PHASES,
     SETTINGS,
     EvalSettings,
-    InputError,
     Job,
     PrepSettings,
     SampleSettings,
@@ -29,14 +28,12 @@ from configurator import (
     convert,
     known_keys,
     load_source,
-    model_args,
     names,
     parse_settings,
     parse_train,
-    pick_device,
-    read_checkpoint,
-    run,
 )
+from kit.files import InputError, run
+from kit.runs import model_args, pick_device, read_checkpoint
 from model_mla import MLAConfig
 from pythia_base import PythiaConfig
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import pythia_base
-from configurator import MODELS, PHASES, InputError, model_args, parse_train
+from configurator import MODELS, PHASES, parse_train
+from kit.files import InputError
+from kit.runs import model_args
 from model_context import (
     ContextAttention,
     ContextBlock,

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prep
-from configurator import MODELS, InputError, PrepSettings
-from contexts import BlockRun, ContextFile, ContextReader, context_cache
+from configurator import MODELS, PrepSettings
+from kit.contexts import BlockRun, ContextFile, ContextReader, context_cache
+from kit.files import InputError
+from kit.tokens import TokenFile
 from model_context import ContextBlock, ContextKVConfig, ContextPythiaConfig, ContextPythiaModel
-from tokens import TokenFile
 
 VOCAB, WIDTH = 300, 64
 LANES = {"lanes": 8, "overlap": 50, "chunk_tokens": 800}  # 8 lanes of 100 tokens

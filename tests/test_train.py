@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
-import runs
 import train
-from configurator import InputError, LMSettings
-from reversal import get_reversal_pairs
-from tokenizer import load_tokenizer
-from tokens import Windows, load_tokens, permute, window_batch
+from configurator import LMSettings
+from kit import runs
+from kit.files import InputError
+from kit.text import get_reversal_pairs, load_tokenizer
+from kit.tokens import Windows, load_tokens, permute, window_batch
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--block_size=32"]
@@ -216,9 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = train.LMTrainer.train_step
-    monkeypatch.setattr(
-        train.LMTrainer, "train_step", lambda self: step(self) * (math.nan if self.step == 6 else 1.0)
-    )
+    monkeypatch.setattr(train.LMTrainer, "train_step", lambda self: step(self) * (math.nan if self.step == 6 else 1.0))
     with pytest.raises(InputError, match="loss of step 7 is nan"):
         run_training(monkeypatch, *arguments, "--log_interval=5")
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter_num"] == 4

@@ -16,8 +16,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from configurator import replacing
-from report import AFTER_FIRST, SHOWN_LENGTH, Config
+from kit.files import replacing
+from kit.report import AFTER_FIRST, SHOWN_LENGTH, Config
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

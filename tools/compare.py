@@ -20,19 +20,11 @@ from types import FrameType
 import torch
 from filelock import FileLock, Timeout
 
-from configurator import (
-    CompareSettings,
-    InputError,
-    Phase1Settings,
-    PrepSettings,
-    TrainSettings,
-    parse_settings,
-    parse_train,
-    run,
-)
+from configurator import CompareSettings, Phase1Settings, PrepSettings, TrainSettings, parse_settings, parse_train
+from kit.files import InputError, run
+from kit.report import duration
+from kit.tokens import load_tokens
 from prep import prepare
-from report import duration
-from tokens import load_tokens
 
 STATUS_SECONDS = 60  # between two lines that say how far the runs are
 LAPTOP_SPEED = 1_400  # tokens/s of a process on one core (a server's, AVX-512, bfloat16), until there is a measured one

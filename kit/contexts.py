@@ -14,7 +14,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,23 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from configurator import InputError, PrepSettings, load_source, pick_device, replacing
-from model_context import ContextBlock
-from tokens import SPLITS, TokenFile, load_tokens
+from kit.files import InputError, replacing
+from kit.tokens import TokenFile
 
 EXACT = 1e-5  # what a context may differ by from the recurrence run token by token
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How contexts are computed, and from what."""
+
+    init_from: str = ""  # the run of a trained ContextBlock, such as out/phase1
+    method: Literal["lanes", "sequential"] = "lanes"  # parts of the stream in lockstep, or token by token
+    lanes: int = 128  # parts of a chunk that advance in lockstep
+    overlap: int = 100  # tokens before its first that a lane begins at, to forget where it started
+    tolerance: float = 3e-6  # a lane whose state is further from the end of the lane before is run again
+    chunk_tokens: int = 100_000  # tokens on the device at a time, and what an interruption loses at most
+    context_stride: int = 1  # keep one of so many, that much less disk; phase 2 runs the others again
 
 
 @dataclass(frozen=True)
@@ -41,22 +53,7 @@ class ContextFile:
     contexts: npt.NDArray[np.float32]  # a memmap, (number of tokens // S, E), the blocks side by side
 
 
-def prepare_contexts(settings: PrepSettings) -> None:
-    """The stage of the command line: the contexts of both splits of the dataset that a run was trained on."""
-    if not settings.init_from:
-        raise InputError("--stage=contexts needs the run of a trained ContextBlock: --init_from=out/phase1")
-    model, checkpoint = load_source(settings.init_from)
-    if not (checkpoint and hasattr(model, "context_blocks")):
-        raise InputError(f"{settings.init_from} has no ContextBlock: name a run of config/phase1.py")
-    dataset = checkpoint["config"]["dataset"]
-    if settings.dataset not in (PrepSettings.dataset, dataset):
-        raise InputError(f"{settings.init_from} was trained on {dataset}: leave out --dataset={settings.dataset}")
-    model.to(pick_device(settings.device))
-    for split in SPLITS:
-        context_cache(model, load_tokens(Path(settings.data_dir, dataset), split), settings)
-
-
-def context_cache(model: Any, file: TokenFile, settings: PrepSettings) -> ContextFile:
+def context_cache(model: Any, file: TokenFile, settings: ContextSettings) -> ContextFile:
     """The contexts that a model's blocks, on the device where they are, give for a token file.
 
     They lie beside it, and are made unless they are there already. Raises InputError.
@@ -127,7 +124,7 @@ def stale_records(path: Path, record: dict[str, Any]) -> dict[Path, str]:
 
 
 @torch.no_grad()
-def build_contexts(path: Path, model: Any, file: TokenFile, settings: PrepSettings) -> None:
+def build_contexts(path: Path, model: Any, file: TokenFile, settings: ContextSettings) -> None:
     """Append chunk after chunk to a partial file, whose length says where to go on, and rename it when complete."""
     blocks, table = model.context_blocks, model.embed_in.weight
     widths = [block.context_dim for block in blocks]
@@ -189,7 +186,7 @@ class BlockRun:
     it is not, it is run again from there.
     """
 
-    def __init__(self, block: ContextBlock, rows: Tensor, table: Tensor, settings: PrepSettings) -> None:
+    def __init__(self, block: Any, rows: Tensor, table: Tensor, settings: ContextSettings) -> None:
         self.block, self.settings = block, settings
         self.state = table.new_zeros(block.context_dim)  # (E,), after the last chunk
         self.rows = rows  # (chunk_tokens, E), of the current chunk
@@ -340,9 +337,9 @@ class ContextReader:
 
 
 @torch.no_grad()
-def exact_contexts(block: ContextBlock, table: Tensor, tokens: Tensor) -> Tensor:
+def exact_contexts(block: Any, table: Tensor, tokens: Tensor) -> Tensor:
     """The contexts (N, E) that the recurrence from zero gives for tokens (N,), both on the CPU."""
-    making = PrepSettings()
+    making = ContextSettings()
     contexts = torch.empty(len(tokens), block.context_dim)
     rows = table.new_empty(making.chunk_tokens, block.context_dim)
     block_run = BlockRun(block, rows, table, making)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from configurator import InputError, Job, make_folder, model_args, pick_device, read_checkpoint, replacing
+from kit.files import InputError, make_folder, one_line, replacing
 
 NOT_COMPARED = ("out_dir", "overwrite", "device", "context_stride")  # settings that may differ when a run goes on
 
@@ -79,6 +79,16 @@ def open_world(device_name: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def pick_device(name: str) -> torch.device:
+    """'auto' takes CUDA, then Apple MPS, then the CPU. Raises InputError if a named device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name!r} cannot be used here: {one_line(error)[:120]}") from None
+
+
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
 
@@ -89,7 +99,7 @@ class RunFolder:
         self.path = path
         self.lock = FileLock(path / ".lock")
 
-    def claim(self, job: Job, world: World) -> dict[str, Any] | None:
+    def claim(self, job: Any, world: World) -> dict[str, Any] | None:
         """Take the folder for this run; returns the checkpoint to go on from, None for a new run.
 
         Raises InputError if it holds another run, or one that is being trained right now.
@@ -103,7 +113,7 @@ class RunFolder:
             raise InputError(f"init_from='resume': {self.path} holds no checkpoint")
         return None
 
-    def open(self, job: Job) -> None:
+    def open(self, job: Any) -> None:
         """Make the folder, lock it, refuse another run's."""
         make_folder(self.path)
         self.take_lock()
@@ -117,7 +127,7 @@ class RunFolder:
                 shutil.rmtree(self.path)
             self.lock.release()
 
-    def begin(self, job: Job, goes_on_from: int | None) -> None:
+    def begin(self, job: Any, goes_on_from: int | None) -> None:
         """Write the settings; a new run takes the place of what is there, one that goes on drops what it does again."""
         if goes_on_from is not None:
             self.trim_log(goes_on_from)
@@ -139,7 +149,7 @@ class RunFolder:
         except Timeout:
             raise InputError(f"another process is training in {self.path}") from None
 
-    def compare(self, job: Job) -> None:
+    def compare(self, job: Any) -> None:
         """Raises InputError unless the folder's run has the settings of this job (resuming: its model settings)."""
         theirs = json.loads((self.path / "config.json").read_text())
         mine = json.loads(json.dumps({**asdict(job.settings), "model_args": model_args(job.model_config)}))
@@ -211,3 +221,35 @@ class StopRequest:
         if world.size == 1:
             return self.signal
         return int(world.reduce(torch.tensor(self.signal, device=world.device), dist.ReduceOp.MAX))
+
+
+def model_args(model_config: Any) -> dict[str, Any]:
+    """A model config as plain values, from which its class builds it again."""
+    settable = [field.name for field in fields(model_config) if field.init]
+    return {key: value for key, value in asdict(model_config).items() if key in settable}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A run folder (its ckpt.pt) or a checkpoint file -> its contents, on the CPU, nothing executed.
+
+    Raises InputError if there is none, or if it is damaged or of another layout.
+    """
+    file = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise InputError(f"{path} holds no checkpoint: train one with train.py, or name a run folder")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # zip and pickle readers each have errors of their own
+        raise InputError(f"{file} cannot be read ({type(error).__name__}): truncated, or no checkpoint") from None
+    layout = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "data": dict}
+    layout |= {"parents": list, "tokens_seen": int, "commit": str}
+    fits = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in layout.items())
+    if (
+        not fits
+        or not {"phase", "dataset", "seed"} <= checkpoint["config"].keys()
+        or "tokenizer" not in checkpoint["data"]
+    ):
+        raise InputError(f"{file} is no checkpoint of this version of the project: train it again")
+    return checkpoint

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from configurator import InputError
-from downloads import sha256_of
+from kit.files import InputError, sha256_of
 
 SPLITS = ("train", "val")
 DATASETS = ("mini", "pile", "pile10k", "wikitext2", "ultrachat")  # that prep.py knows by name

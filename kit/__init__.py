@@ -1,0 +1,1 @@
+"""What the files above stand on; nobody comes to read it first."""
