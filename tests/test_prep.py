@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from kit import text as kit_text
 import huggingface_hub
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from hypothesis import strategies as st
 
 import prep
 from configurator import PrepSettings
+from kit import text as kit_text
 from kit.files import InputError
 from kit.text import (
     DJANGO,
@@ -146,7 +146,7 @@ def test_mini_meta(mini: Path) -> None:
 
 
 def test_mini_needs_no_network_twice(mini: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads.subprocess, "run", unreachable)  # type: ignore[attr-defined]
+    monkeypatch.setattr(kit_text.subprocess, "run", unreachable)  # type: ignore[attr-defined]
     before = state(mini)
     prep.prepare(PrepSettings(data_dir=str(data_dir)))
     assert state(mini) == before

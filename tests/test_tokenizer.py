@@ -6,7 +6,6 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from kit import text as kit_text
 import huggingface_hub
 import pytest
 import tiktoken
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 import prep
 from configurator import PrepSettings
+from kit import text as kit_text
 from kit.files import InputError
 from kit.text import (
     NEOX_DIGEST,
