@@ -58,7 +58,7 @@ def here(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def start(configs: list[str], folder: Path) -> subprocess.Popen[str]:
     """compare.py with only these of its recipes, in a process group of its own."""
-    code = f"from tools import compare; compare.RECIPES = [r for r in compare.RECIPES if r.config in {configs}]; compare.main()"
+    code = f"from tools import compare as c; c.RECIPES = [r for r in c.RECIPES if r.config in {configs}]; c.main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, text=True,
