@@ -36,8 +36,9 @@ from pythia_base import (
     download_checkpoint,
     logits_and_loss,
     read_weights,
+    require_known_source,
     require_positive,
-    require_same_embedding,
+    small_init_std,
     stream_tokens,
     take_over,
 )
@@ -90,7 +91,8 @@ class CascadeContextLLM(nn.Module):
         self.config = config
         V, C = config.vocab_size, config.hidden_size
         self.embed_in = nn.Embedding(V, C)
-        nn.init.normal_(self.embed_in.weight, std=0.02)
+        nn.init.normal_(self.embed_in.weight, std=small_init_std(C))
+        self.embed_in.requires_grad_(not config.freeze_embedding)
         blocks = [
             ContextBlock(C, config.context_dim, config.num_layers_per_block, config.layer_norm_eps, "normal", True)
             for _ in range(config.num_context_blocks)
@@ -101,7 +103,7 @@ class CascadeContextLLM(nn.Module):
             self.embed_token = nn.Embedding.from_pretrained(self.embed_in.weight.detach().clone(), freeze=False)
         if not config.tie_weights:
             self.embed_out = nn.Linear(C, V, bias=False)
-            nn.init.normal_(self.embed_out.weight, std=0.02)
+            nn.init.normal_(self.embed_out.weight, std=small_init_std(C))
 
     @property
     def token_weight(self) -> Tensor:
@@ -180,9 +182,9 @@ class CascadeContextLLM(nn.Module):
     def start_from(self, source: Any) -> dict[str, str]:
         """Take over what a trained model shares with this one; returns, for each tensor, copied, converted or new.
 
-        Raises ValueError if their embeddings differ in shape.
+        Raises ValueError if their embeddings differ in shape, or the source is neither a cascade nor the baseline.
         """
-        require_same_embedding(self, source)
+        require_known_source(self, source)
         starts_copy = not self.config.freeze_embedding and not hasattr(source, "embed_token")
         return take_over(self, source, {"embed_token.weight": source.embed_in.weight} if starts_copy else {})
 

@@ -42,6 +42,7 @@ from pythia_base import (
     causal_attention,
     merge_heads,
     require_positive,
+    small_init_std,
     split_heads,
 )
 
@@ -345,15 +346,10 @@ class ContextPythiaModel(PythiaModel):
         super().__init__(config)
         self.context_block = make_context_block(config)  # after Pythia's init_weights, since it has an init of its own
         self.W_in = nn.Linear(config.context_dim, config.hidden_size, bias=False)
-        self.init_weights(self.W_in)
+        nn.init.normal_(self.W_in.weight, std=small_init_std(config.hidden_size))
 
     def make_attention(self, layer: int) -> ContextAttention:
         return ContextAttention(self.config)
-
-    def init_weights(self, module: nn.Module) -> None:
-        super().init_weights(module)
-        if isinstance(module, ContextAttention):
-            nn.init.normal_(module.dense.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
 
     @property
     def context_blocks(self) -> list[ContextBlock]:
@@ -460,11 +456,6 @@ class ContextKVPythiaModel(PythiaModel):
 
     def make_attention(self, layer: int) -> nn.Module:
         return IntervalAttention(self.config) if layer in self.config.context_layers else super().make_attention(layer)
-
-    def init_weights(self, module: nn.Module) -> None:
-        super().init_weights(module)
-        if isinstance(module, IntervalAttention):
-            nn.init.normal_(module.dense.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
 
     @property
     def context_blocks(self) -> list[ContextBlock]:

@@ -21,7 +21,6 @@ many again for the open segment; in layers 1-5 keys and values, 5,120 numbers a 
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -190,9 +189,6 @@ class InfiniAttention(nn.Module):
         self.W_O = nn.Linear(C, C, bias=False)
         if config.num_memory_banks > 1:
             self.bank_scores = nn.Parameter(torch.zeros(G, H))
-        self.slopes: Tensor
-        slopes = config.alibi_scale * 2 ** (-8 / H * torch.arange(1, H + 1))
-        self.register_buffer("slopes", slopes[:, None, None], persistent=False)  # (H, 1, 1)
 
     def init_cache(self, batch_size: int, max_len: int) -> MemoryCache:
         return MemoryCache(batch_size, self.config, like=self.W_Q.weight)
@@ -248,11 +244,16 @@ class InfiniAttention(nn.Module):
         rows = torch.arange(memory.written.size(0), device=memory.written.device)
         return rows, memory.written.sum(dim=1) // self.config.tokens_per_turn % self.config.total_memories
 
+    def slopes(self, device: torch.device) -> Tensor:
+        """ALiBi's, 2^-1 ... 2^-8 for 8 heads, times alibi_scale: (H, 1, 1), float32 whatever the model's dtype."""
+        H = self.config.num_heads
+        return self.config.alibi_scale * 2 ** (-8 / H * torch.arange(1, H + 1, device=device))[:, None, None]
+
     def close_segment(self, memory: Memory) -> None:
         """Write what is pending: M_s = M_{s-1} + pending, z alike; with ALiBi what was there fades first."""
         turn = self.turn(memory)
         tokens = torch.full_like(turn[0], self.config.segment_len)
-        faded = memory.Mz * torch.exp(-self.slopes.float()) if self.config.use_alibi else memory.Mz
+        faded = memory.Mz * torch.exp(-self.slopes(memory.Mz.device)) if self.config.use_alibi else memory.Mz
         memory.Mz = faded.index_put(turn, memory.pending, accumulate=True)
         memory.written = memory.written.index_put(turn, tokens, accumulate=True)
         memory.pending = torch.zeros_like(memory.pending)
@@ -265,11 +266,6 @@ class InfiniPythiaModel(PythiaModel):
 
     def make_attention(self, layer: int) -> nn.Module:
         return InfiniAttention(self.config) if layer == 0 else super().make_attention(layer)
-
-    def init_weights(self, module: nn.Module) -> None:
-        super().init_weights(module)
-        if isinstance(module, InfiniAttention):
-            nn.init.normal_(module.W_O.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
 
     def init_memory(self, batch_size: int) -> CarriedMemory:
         """An empty memory for batch_size documents that are fed window by window, model(idx, memory=memory)."""

@@ -147,11 +147,6 @@ class MLAPythiaModel(PythiaModel):
     def make_attention(self, layer: int) -> LatentAttention:
         return LatentAttention(self.config)
 
-    def init_weights(self, module: nn.Module) -> None:
-        super().init_weights(module)
-        if isinstance(module, LatentAttention):
-            nn.init.normal_(module.W_O.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
-
     def convert(self, source: PythiaModel) -> dict[str, Tensor]:
         """Keys and values of a baseline -> latents: truncated SVD of the stacked weights (TransMLA, arXiv 2502.07864).
 

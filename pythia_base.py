@@ -18,7 +18,7 @@ Letters, for the whole project:
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+RESIDUAL_OUTPUTS = ("dense", "dense_4h_to_h", "W_O")  # matrices of these names write to the residual stream
 LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB in float32
 LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
 PREFILL_TOKENS = 512  # a long prompt goes through the cache in chunks of this many tokens
@@ -131,19 +132,20 @@ class KeyValueCache:
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE (Su et al. 2021, arXiv 2104.09864) on the first R dimensions of a head, in halves as GPT-NeoX pairs them."""
+    """RoPE (Su et al. 2021, arXiv 2104.09864) on the first R dimensions of a head, in halves as GPT-NeoX pairs them.
+
+    The frequencies are no buffer: model.bfloat16() would round them.
+    """
 
     def __init__(self, config: PythiaConfig) -> None:
         super().__init__()
-        self.R = config.rotary_size
-        self.inv_freq: Tensor
-        wavelengths = config.rotary_base ** (torch.arange(0, self.R, 2, dtype=torch.float32) / max(self.R, 1))
-        self.register_buffer("inv_freq", 1 / wavelengths, persistent=False)
+        self.R, self.base = config.rotary_size, config.rotary_base
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """Rotate x (B, H, T, D), whose first token stands at position start."""
         positions = torch.arange(start, start + x.size(-2), device=x.device, dtype=torch.float32)
-        angles = positions[:, None] * self.inv_freq  # (T, R/2)
+        wavelengths = self.base ** (torch.arange(0, self.R, 2, device=x.device, dtype=torch.float32) / max(self.R, 1))
+        angles = positions[:, None] * (1 / wavelengths)  # (T, R/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         x1, x2, rest = x.split([self.R // 2, self.R // 2, x.size(-1) - self.R], dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
@@ -242,7 +244,7 @@ class HeadLoss(torch.autograd.Function):
         targets = targets.masked_fill(targets == -100, 0)[:, None]
         dh, W = torch.empty_like(h), weight.to(h.dtype)
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        total, smallest = torch.zeros((), device=h.device), torch.finfo(torch.float32).tiny
+        total = torch.zeros((), device=h.device)
         # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
         logits = h.new_empty(min(len(h), LOSS_ROWS), len(weight))
         p = torch.empty_like(logits, dtype=torch.float32)
@@ -250,8 +252,9 @@ class HeadLoss(torch.autograd.Function):
             rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
             logits, p = logits[: len(rows)], p[: len(rows)]  # the last chunk may be shorter
             p.copy_(torch.mm(rows, W.T, out=logits))
-            torch.softmax(p, dim=-1, out=p)
-            total -= (p.gather(1, y).clamp(min=smallest).log() * keep).sum()
+            torch.log_softmax(p, dim=-1, out=p)
+            total -= (p.gather(1, y) * keep).sum()
+            p.exp_()
             grad = logits.copy_(p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)))  # p - y
             torch.mul(grad @ W, keep, out=dh[i : i + LOSS_ROWS])
             if dw is not None:
@@ -307,6 +310,16 @@ def logits_and_loss(
 # -------------------------------------------------------------------------------------------------------- the model
 
 
+def small_init_std(hidden_size: int) -> float:
+    """sqrt(2 / (5 C)), 0.0280 at C = 512 (Nguyen and Salazar 2019, arXiv 1910.05895)."""
+    return math.sqrt(2 / (5 * hidden_size))
+
+
+def wang_init_std(num_layers: int, hidden_size: int) -> float:
+    """2 / (layers sqrt(C)), 0.0147 for six layers and C = 512 (Wang's, in GPT-NeoX-20B, arXiv 2204.06745)."""
+    return 2 / (num_layers * math.sqrt(hidden_size))
+
+
 class PythiaModel(nn.Module):
     """Pythia, with the parameter names of Hugging Face's GPT-NeoX. A variant overrides make_attention, or more."""
 
@@ -317,22 +330,31 @@ class PythiaModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, self.make_attention(i)) for i in range(config.num_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self.init_weights)
+        self.init_weights()
 
     def make_attention(self, layer: int) -> nn.Module:
         """The attention of one layer: a module with forward(x, start, cache) and init_cache(batch_size, max_len)."""
         return Attention(self.config)
 
-    def init_weights(self, module: nn.Module) -> None:
-        """Normal 0.02; the projections that write to the residual stream are scaled down by sqrt(2 x layers)."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, Attention):
-            nn.init.normal_(module.dense.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
-        if isinstance(module, MLP):
-            nn.init.normal_(module.dense_4h_to_h.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+    def init_weights(self) -> None:
+        """Pythia's own: wang_init for the matrices that write to the residual stream, small_init for all others.
+
+        Raises ValueError if a layer's attention has no matrix under one of the names RESIDUAL_OUTPUTS.
+        """
+        c = self.config
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes = name.rpartition(".")[2] in RESIDUAL_OUTPUTS
+                std = wang_init_std(c.num_layers, c.hidden_size) if writes else small_init_std(c.hidden_size)
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for layer, attention in enumerate(self.attentions()):
+            if not {name for name, _ in attention.named_modules()} & set(RESIDUAL_OUTPUTS):
+                names = " or ".join(RESIDUAL_OUTPUTS)
+                raise ValueError(
+                    f"layer {layer}: the matrix that writes to the residual stream has to be called {names}"
+                )
 
     def hidden_states(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> what the head reads, (B, T, C); with a cache, idx continues what the cache has seen."""
@@ -378,13 +400,11 @@ class PythiaModel(nn.Module):
     def start_from(self, source: "PythiaModel") -> dict[str, str]:
         """Take over what a trained model shares with this one; returns, for each tensor, copied, converted or new.
 
-        Raises ValueError if the two have other widths or other heads.
+        The source is the baseline or of this model's own class. Raises ValueError if it is neither, or of other widths,
+        heads or rotations.
         """
-        require_same_embedding(self, source)
-        theirs = getattr(source.config, "num_heads", None)  # a model without attention has none
-        if theirs != self.config.num_heads:
-            raise ValueError(f"the source has num_heads={theirs}, this model {self.config.num_heads}")
-        return take_over(self, source, self.convert(source))
+        require_known_source(self, source)
+        return take_over(self, source, self.convert(source) if type(source) is PythiaModel else {})
 
     def convert(self, source: "PythiaModel") -> dict[str, Tensor]:
         """Tensors of this model that are computed from a source's; a variant says which."""
@@ -429,8 +449,21 @@ class PythiaModel(nn.Module):
 # --------------------------------------------------------------------------------- starting from a trained model
 
 
-def require_same_embedding(model: Any, source: Any) -> None:
-    """Raises ValueError if the embeddings of two models differ in shape."""
+def require_known_source(model: Any, source: Any) -> None:
+    """Raises ValueError unless a source's weights mean in this model what they mean in the source.
+
+    Names and shapes do not tell: two attentions can lay out a matrix of one name and one shape differently.
+    """
+    if type(source) not in (type(model), PythiaModel):
+        raise ValueError(
+            f"the source is a {type(source).__name__}: a {type(model).__name__} can start from the baseline, "
+            "PythiaModel, and from its own class"
+        )
+    for name in ("num_heads", "rotary_pct", "rotary_base"):  # no shape shows them
+        settable = {f.name for f in fields(model.config) if f.init} & {f.name for f in fields(source.config) if f.init}
+        theirs, mine = getattr(source.config, name, None), getattr(model.config, name, None)
+        if name in settable and theirs != mine:
+            raise ValueError(f"the source has {name}={theirs}, this model {mine}")
     theirs, mine = tuple(source.embed_in.weight.shape), tuple(model.embed_in.weight.shape)
     if theirs != mine:
         raise ValueError(
@@ -440,12 +473,22 @@ def require_same_embedding(model: Any, source: Any) -> None:
 
 
 def take_over(model: nn.Module, source: nn.Module, converted: dict[str, Tensor]) -> dict[str, str]:
-    """Give a model the converted tensors, and a source's own where name and shape are the same.
+    """Give a model the converted tensors, and a source's own where name, shape and the layer's attention are the same.
 
     Returns, for each tensor of the model, copied, converted or new.
     """
     theirs, mine = source.state_dict(), model.state_dict()
-    copied = {k: v for k, v in theirs.items() if k not in converted and k in mine and v.shape == mine[k].shape}
+    layers = [dict(m.named_modules()) for m in (model, source)]
+    foreign = tuple(
+        f"{name}."
+        for name in layers[0]
+        if name.endswith(".attention") and type(layers[0][name]) is not type(layers[1].get(name))
+    )
+    copied = {
+        k: v
+        for k, v in theirs.items()
+        if k not in converted and not k.startswith(foreign) and k in mine and v.shape == mine[k].shape
+    }
     model.load_state_dict({**mine, **copied, **converted})
     return {k: "copied" if k in copied else "converted" if k in converted else "new" for k in mine}
 
@@ -563,11 +606,12 @@ def draw_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW over what is trained: matrices decay, biases and LayerNorms do not."""
+    """AdamW over what is trained: matrices and embeddings decay, biases, LayerNorms and scores of any shape do not."""
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 

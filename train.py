@@ -228,7 +228,9 @@ class LMTrainer:
             )
         self.train_data, self.val_data = open_tokens(s, world, job.model_config.vocab_size)
         self.data = data_identity(self.train_data, self.val_data)
-        self.windows: Windows | Stretches = Windows(len(self.train_data.tokens), s.block_size, s.seed)
+        self.windows: Windows | Stretches = Windows(
+            len(self.train_data.tokens), s.block_size, self.windows_per_step, s.seed
+        )
         self.dtype, self.dtype_reason = pick_dtype(s.dtype, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
 
@@ -298,16 +300,15 @@ class LMTrainer:
     def micro_batches(self) -> Iterator[tuple[dict[str, Tensor], float, bool]]:
         """This process's windows of the step, batch_size at a time: arguments, share of the step, whether the last."""
         windows = self.windows_per_step // self.world.size
-        first = self.step * self.windows_per_step + self.world.rank * windows
+        starts = np.split(self.windows.starts(self.step), self.world.size)[self.world.rank]
+        each = len(starts) // windows  # in the place of one window
         for start in range(0, windows, self.settings.batch_size):
             end = min(start + self.settings.batch_size, windows)
-            batch = self.training_batch(np.arange(first + start, first + end))
-            yield batch, (end - start) / windows, end == windows
+            yield self.training_batch(starts[start * each : end * each]), (end - start) / windows, end == windows
 
-    def training_batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
-        """The model's arguments for the training windows of these running numbers."""
-        starts, width = self.windows.starts(numbers), self.windows.block_size
-        return window_batch(self.train_data.tokens, starts, width, self.world.device)
+    def training_batch(self, starts: np.ndarray) -> dict[str, Tensor]:
+        """The model's arguments for the training windows that begin at starts."""
+        return window_batch(self.train_data.tokens, starts, self.windows.block_size, self.world.device)
 
     def train_step(self) -> Tensor:
         """One optimizer step over the step's windows; returns their mean loss."""
@@ -494,14 +495,12 @@ class Phase2Trainer(LMTrainer):
         cache = context_cache(self.model, self.train_data, making)
         self.contexts = ContextReader(self.model, self.train_data, cache)
         if getattr(self.model, "positions_are_independent", False):
-            self.windows = Windows(len(self.train_data.tokens), 1, self.settings.seed)
+            positions = self.windows_per_step * self.settings.block_size
+            self.windows = Windows(len(self.train_data.tokens), 1, positions, self.settings.seed)
 
-    def training_batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
-        width = self.windows.block_size
-        each = self.settings.block_size // width  # windows in the place of one: 1, or as many as it has positions
-        numbers = (numbers[:, None] * each + np.arange(each)).ravel()
-        positions = self.windows.starts(numbers)[:, None] + np.arange(width)
-        return {**super().training_batch(numbers), "contexts": self.contexts.at(positions)}  # (B, T, E)
+    def training_batch(self, starts: np.ndarray) -> dict[str, Tensor]:
+        positions = starts[:, None] + np.arange(self.windows.block_size)
+        return {**super().training_batch(starts), "contexts": self.contexts.at(positions)}  # (B, T, E)
 
 
 class DocumentTrainer(LMTrainer):

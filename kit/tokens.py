@@ -1,7 +1,7 @@
 """Token files, and which of their tokens a training step sees: windows in random order, or documents in their own.
 
-Where a window begins is a function of the seed and of its running number alone. Nothing of it has to be saved for a run
-to go on, and no table grows with the corpus.
+Where a step's windows begin is a function of the seed and of the step alone: nothing of it has to be saved for a run to
+go on.
 """
 
 import json
@@ -101,24 +101,16 @@ def document_bounds(data: TokenFile) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Windows:
-    """Training windows in a pseudo-random order, each once an epoch."""
+    """Training windows at uniformly random places, with replacement: a step's from a generator of (seed, step)."""
 
-    def __init__(self, num_tokens: int, block_size: int, seed: int) -> None:
+    def __init__(self, num_tokens: int, block_size: int, rows: int, seed: int) -> None:
         if num_tokens <= block_size:
             raise InputError(f"{num_tokens} tokens in the training file: too few for block_size={block_size}")
-        self.num_tokens, self.block_size, self.seed = num_tokens, block_size, seed
-        self.per_epoch = max(1, num_tokens // block_size - 1)
+        self.num_tokens, self.block_size, self.rows, self.seed = num_tokens, block_size, rows, seed
 
-    def starts(self, numbers: np.ndarray) -> np.ndarray:
-        """Where in the token file the windows of these running numbers begin."""
-        epochs, places = np.divmod(numbers, self.per_epoch)
-        starts = np.empty_like(numbers)
-        for epoch in np.unique(epochs):
-            slack = self.num_tokens - self.per_epoch * self.block_size  # each epoch cuts its windows elsewhere
-            offset = np.random.default_rng([self.seed, epoch]).integers(slack)
-            mine = epochs == epoch
-            starts[mine] = offset + self.block_size * permute(places[mine], self.per_epoch, self.seed + epoch)
-        return starts
+    def starts(self, step: int) -> np.ndarray:
+        """Where in the token file the windows of a step begin, (rows,)."""
+        return np.random.default_rng([self.seed, step]).integers(self.num_tokens - self.block_size, size=self.rows)
 
 
 class Stretches:
@@ -137,16 +129,17 @@ class Stretches:
         self.windows_each = tokens_per_doc // block_size
         self.block_size, self.rows, self.seed = block_size, rows, seed
 
-    def starts(self, numbers: np.ndarray) -> np.ndarray:
-        """Where in the token file the windows of these running numbers begin."""
-        steps, rows = np.divmod(numbers, self.rows)
-        turns, windows = np.divmod(steps, self.windows_each)
-        epochs, places = np.divmod(turns * self.rows + rows, len(self.begins))
-        starts = windows * self.block_size
-        for epoch in np.unique(epochs):
-            mine = epochs == epoch
-            starts[mine] += self.begins[permute(places[mine], len(self.begins), self.seed + epoch)]
-        return starts
+    def starts(self, step: int) -> np.ndarray:
+        """Where in the token file the windows of a step begin, (rows,)."""
+        turn, window = divmod(step, self.windows_each)
+        epochs, places = np.divmod(turn * self.rows + np.arange(self.rows), len(self.begins))
+        orders = {epoch: self.order(epoch) for epoch in np.unique(epochs)}
+        chosen = [orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)]
+        return self.begins[chosen] + window * self.block_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The stretches in the order of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.begins))
 
 
 def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> dict[str, Tensor]:
@@ -155,25 +148,3 @@ def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     return {"idx": rows[:, :-1].to(device), "targets": rows[:, 1:].to(device)}
-
-
-def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Places of 0..n-1 in a pseudo-random order, without a table.
-
-    A Feistel network of four rounds permutes the next power of four; what falls outside 0..n-1 is sent through again.
-    """
-    half = ((n - 1).bit_length() + 1) // 2
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.default_rng([seed, n]).integers(2**63, size=4, dtype=np.uint64) | np.uint64(1)
-
-    def network(x: np.ndarray) -> np.ndarray:
-        left, right = x >> np.uint64(half), x & mask
-        for key in keys:
-            mixed = (right + key) * key
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) * key >> np.uint64(32)) & mask
-        return left << np.uint64(half) | right
-
-    out = network(index.astype(np.uint64))
-    while (outside := out >= n).any():
-        out[outside] = network(out[outside])
-    return out.astype(np.int64)

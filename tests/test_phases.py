@@ -102,8 +102,8 @@ def test_phase_2_reads_the_exact_contexts_of_its_windows(
     batches: list[tuple[train.Phase2Trainer, int, dict[str, torch.Tensor]]] = []
     training_batch = train.Phase2Trainer.training_batch
 
-    def recorded(self: train.Phase2Trainer, numbers: Any) -> dict[str, torch.Tensor]:
-        batches.append((self, self.windows.starts(numbers)[0], training_batch(self, numbers)))
+    def recorded(self: train.Phase2Trainer, starts: Any) -> dict[str, torch.Tensor]:
+        batches.append((self, starts[0], training_batch(self, starts)))
         return batches[-1][-1]
 
     monkeypatch.setattr(train.Phase2Trainer, "training_batch", recorded)
