@@ -31,7 +31,7 @@ test: .venv/installed-dev
 	$(BIN)/pytest -n 2
 
 stress: .venv/installed-dev
-	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/test_crash.py tests/test_compare.py tests/test_soak.py tests/test_models.py
+	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/test_crash.py tests/commands/test_compare.py tests/test_soak.py tests/test_models.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -24,7 +24,6 @@ import torch
 import zstandard
 from tqdm import tqdm
 
-from configurator import EvalSettings
 from kit.files import InputError, one_line
 from kit.text import Tokenizer, hub_revision, normalize_nfc, require_whole_zst
 from kit.tokens import TokenFile
@@ -53,7 +52,7 @@ class Unavailable(NamedTuple):
     why: str
 
 
-def load_texts(settings: EvalSettings, tasks: Iterable[str]) -> dict[str, list[Document] | Unavailable]:
+def load_texts(settings: Any, tasks: Iterable[str]) -> dict[str, list[Document] | Unavailable]:
     """The documents of each task that needs any. Raises InputError if a named file is missing or broken."""
     texts: dict[str, list[Document] | Unavailable] = {}
     for task in [task for task in TEXT_TASKS if task in tasks]:

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import Unavailable, detokenize, evaluate_benchmarks, find_overlap, load_texts
-from configurator import (
-    EvalSettings,
-    Phase1Settings,
-    PrepSettings,
-    baseline_config,
-    build_model,
-    load_source,
-    parse_settings,
-)
+from configurator import baseline_config, build_model, check_range, load_source, parse_settings
 from kit.contexts import exact_contexts
 from kit.files import InputError, make_folder, run
 from kit.report import AFTER_FIRST, format_comparison, format_table, overlap_table, write_report
@@ -43,11 +35,12 @@ from kit.runs import pick_device
 from kit.text import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer
 from kit.tokens import TokenFile, document_bounds, load_tokens
 from model_context import ContextBlock, compute_convergence_rate, effective_rank
-from prep import Document
+from prep import Document, PrepSettings
 from pythia_base import safe_exp, score_tokens, stream_tokens
 
 TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
+HELDOUT_TOKENS = 100_000  # whose contexts are looked at
 CACHE_LENGTHS = (256, 2048, 8192)  # tokens at which caches are compared
 DECODE_TOKENS = 32  # tokens generated at each of these lengths to time it
 SPEED_REPEATS = 3
@@ -68,6 +61,31 @@ PPL_MEANING = (
     (1000, "still falling"),
     (math.inf, "undertrained: more steps or another learning rate"),
 )
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """eval.py"""
+
+    tasks: str = "all"  # some of val,reversal,wikitext,lambada,pile,long,cache,speed, separated by commas; or 'all'
+    wikitext: str = "EleutherAI/wikitext_document_level"  # or a .jsonl file with a 'page' a line, or wiki.test.raw
+    lambada: str = "EleutherAI/lambada_openai"  # or a .jsonl file with a 'text' a line
+    pile_test: str = "monology/pile-uncopyrighted"  # or a .jsonl(.zst) file: 'text', and its subset as in the Pile
+    pile_documents: int | None = 1000  # of the Pile's test set, from its start; None: all
+    data_dir: str = "data"  # where the token files are
+    dataset: str | None = None  # score on this dataset; None: the one that the first run was trained on
+    block_size: int | None = None  # tokens per window, of every task; None: the smallest that a run was trained with
+    batch_size: int = 8  # windows at a time
+    out_dir: str = "out/compare"  # where report.md, its pictures and results.json go
+    device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+    allow_untrained: bool = False  # score a model that was never trained
+    overlap: bool = True  # look for the evaluation texts in the training text of each run
+    verify: bool = False  # score EleutherAI/pythia-70m, or the folder named, and compare with published figures
+    tolerance: float = 0.01  # how far, relatively, --verify lets a figure be from the published one
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "block_size", "batch_size", "pile_documents")
+        check_range(self, 0, "tolerance")
 
 
 def ppl_meaning(ppl: float) -> str:
@@ -232,8 +250,8 @@ def heldout_contexts(
 
 def evaluate_contexts(model: Any, tokens: np.ndarray) -> dict[str, Any]:
     """Convergence and effective rank of a model's contexts on the start of a token file, for each block and for all."""
-    ids = torch.from_numpy(tokens[: Phase1Settings.num_tokens].astype(np.int64))
-    limits = (Phase1Settings.convergence_threshold, Phase1Settings.context_noise)
+    ids = torch.from_numpy(tokens[:HELDOUT_TOKENS].astype(np.int64))
+    limits = (0.03, 0.05)  # convergence_threshold and context_noise of Phase 1
     found = [heldout_contexts(block, model.embed_in.weight, ids, *limits) for block in model.context_blocks]
     together = torch.cat([contexts for contexts, _ in found], dim=1)
     return {

@@ -32,15 +32,15 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 from tqdm import tqdm
 
-from configurator import PrepSettings, load_source, parse_settings
-from kit.contexts import context_cache
+from configurator import check_range, load_source, parse_settings
+from kit.contexts import ContextSettings, context_cache
 from kit.files import DISK_ERRORS, InputError, make_folder, run, sha256_of
 from kit.runs import pick_device
 from kit.text import (
@@ -63,6 +63,32 @@ DATA_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in (".bin",
 BATCH_DOCUMENTS = 64  # what a worker gets at a time
 POOL_DOCUMENTS = 20_000  # with fewer documents the workers would take longer to start than to work
 WITHOUT_IT = "--dataset=mini and your own texts, --dataset=NAME --files=GLOB, do without it"
+
+
+@dataclass(frozen=True)
+class PrepSettings(ContextSettings):
+    """prep.py"""
+
+    stage: Literal["tokens", "contexts"] = "tokens"  # text to token files, or token files to a context cache
+    dataset: str = "mini"  # mini, pile, pile10k, wikitext2, ultrachat, or any name together with --files
+    tokenizer: Literal["neox", "gpt2"] = "neox"  # GPT-NeoX-20B's, which Pythia uses, or GPT-2's
+    files: str | None = None  # your own .txt, .jsonl, .jsonl.zst or .parquet files, a glob pattern
+    data_dir: str = "data"  # where the token files go
+    val_fraction: float = 0.1  # share of the documents held out
+    seed: int = 1337  # of the split
+    reversal_repeats: int = 20  # how often each forward sentence of the reversal pairs stands in the training data
+    max_tokens: int | None = None  # stop after about so many tokens
+    num_workers: int | None = None  # tokenising processes; None: one per core
+    overwrite: bool = False  # replace token files made with other settings
+    device: str = "auto"  # contexts: 'auto' takes cuda, then mps, then cpu
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, "reversal_repeats", "seed", "tolerance")
+        check_range(self, 1, "max_tokens", "num_workers", "lanes", "overlap", "chunk_tokens", "context_stride")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"val_fraction={self.val_fraction} has to be between 0 and 1")
+        if self.context_stride > self.chunk_tokens:
+            raise InputError(f"context_stride={self.context_stride} is above chunk_tokens={self.chunk_tokens}")
 
 
 # -------------------------------------------------------------------------------------------------------------- sources

@@ -16,24 +16,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import (
-    Job,
-    LMSettings,
-    Phase1Settings,
-    Phase2Settings,
-    PrepSettings,
-    TrainSettings,
-    build_model,
-    load_source,
-    parse_train,
-)
+from configurator import Job, build_model, check_range, load_source, parse_train
 from eval import RUN_TASKS, evaluate_model, heldout_contexts
 from kit.contexts import ContextReader, context_cache, exact_contexts
 from kit.files import InputError, one_line, run
@@ -42,10 +32,113 @@ from kit.runs import RunFolder, StopRequest, World, git_commit, model_args, open
 from kit.tokens import Stretches, TokenFile, Windows, load_tokens, window_batch
 from model_cascade import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
-from prep import prepare
+from prep import PrepSettings, prepare
 from pythia_base import make_optimizer, safe_exp
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
+
+
+# ------------------------------------------------------------------------------------------------- the settings
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What every phase of train.py needs."""
+
+    model: str = "pythia"  # the architecture, a name from configurator.MODELS
+    phase: Literal["lm", "phase1", "phase2"] = "lm"  # language model, ContextBlock alone, or model on frozen contexts
+    out_dir: str | None = None  # the run's folder; None: out/ and the names of the config files
+    overwrite: bool = False  # start anew in a folder that holds another run
+    init_from: str = "scratch"  # 'scratch', 'resume', a run folder, a config (its run), a Hugging Face folder or hub id
+    dataset: str = "mini"  # folder below data_dir
+    data_dir: str = "data"  # where prep.py puts token files
+    width_divisor: int = 1  # divides hidden_size, intermediate_size, kv_dim and context_dim of the model
+    device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+    seed: int = 1337  # of the weights and of the order of the data
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "width_divisor")
+        check_range(self, 0, "seed")
+
+
+@dataclass(frozen=True)
+class LMSettings(TrainSettings):
+    """Training a language model."""
+
+    batch_size: int = 4  # windows per micro-batch
+    block_size: int = 512  # tokens per window
+    tokens_per_doc: int | None = None  # train on stretches of documents of so many tokens, the memory carried along
+    gradient_accumulation_steps: int = 4  # micro-batches per step, shared out among the processes of torchrun
+    learning_rate: float = 1e-3  # AdamW, after warmup
+    min_lr: float = 1e-4  # learning rate at the end of the decay
+    max_iters: int = 1200  # optimizer steps
+    warmup_iters: int = 100  # steps of linear warmup
+    lr_decay_iters: int | None = None  # step at which min_lr is reached; None: max_iters
+    decay_lr: bool = True  # cosine decay after warmup; False keeps learning_rate
+    weight_decay: float = 0.1  # AdamW, on matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+    eval_interval: int = 100  # steps between evaluations and checkpoints
+    eval_iters: int = 20  # micro-batches of the validation data per evaluation; the end of a run takes all of it
+    log_interval: int = 10  # steps between lines of the log
+    patience: int | None = None  # stop after so many evaluations without a better loss; None: never
+    min_ppl_gain: float = 0.0  # how much lower the PPL has to be to count as better for patience
+    eval_only: bool = False  # evaluate and stop
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products in training
+    compile: bool | None = None  # torch.compile; None: on CUDA only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters")
+        check_range(self, 1, "log_interval", "patience", "lr_decay_iters", "tokens_per_doc")
+        check_range(self, 0, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+        check_range(self, 0, "min_ppl_gain")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} has to be at least 0 and below 1")
+        if self.tokens_per_doc is not None and self.tokens_per_doc % self.block_size:
+            raise InputError(f"tokens_per_doc={self.tokens_per_doc} is no multiple of block_size={self.block_size}")
+
+
+@dataclass(frozen=True)
+class Phase2Settings(LMSettings):
+    """Training all of a model but its ContextBlock, on the exact contexts of the token stream."""
+
+    context_stride: int = 1  # tokens per context that the cache keeps; those in between are run again for each batch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, "context_stride")
+        if self.tokens_per_doc is not None:
+            raise InputError("tokens_per_doc is for phase='lm': contexts run through the whole stream")
+
+
+@dataclass(frozen=True)
+class Phase1Settings(TrainSettings):
+    """Training a ContextBlock alone, without labels (OACD)."""
+
+    embeddings: str = "random"  # the token table: 'random', 'gpt2' (hub), a GPT-2 folder, a run folder (its output's)
+    num_tokens: int = 100_000  # of the training tokens for each ContextBlock
+    cascade_data: Literal["split", "all"] = "split"  # several blocks: each on its own part of the data, or all on all
+    max_iterations: int = 100  # passes over all of them, one optimizer step each
+    convergence_threshold: float = 0.03  # a context that moves by less, mean squared, has settled
+    learning_rate: float = 0.003  # Adam
+    batch_size: int = 5_000  # tokens on the device at a time
+    gradient_clip: float = 2.0  # largest norm of the gradient; 0 does not clip
+    context_noise: float = 0.05  # standard deviation of what is added to the input contexts
+    early_stopping_threshold: float = 0.9  # stop once this share of the contexts has settled
+    centroid_weight: float = 0.1  # weight of the loss term that keeps the contexts' mean at the origin
+    checkpoint_interval: int = 10  # iterations between checkpoints
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, "num_tokens", "max_iterations", "batch_size", "checkpoint_interval")
+        check_range(self, 0, "convergence_threshold", "learning_rate", "gradient_clip", "context_noise")
+        check_range(self, 0, "early_stopping_threshold", "centroid_weight")
+
+
+PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": Phase2Settings}
 
 
 # ------------------------------------------------------------------------------------- what every phase starts with
@@ -803,7 +896,7 @@ def train_context_blocks(job: Job, folder: RunFolder, world: World) -> int:
 
 
 def main() -> None:
-    job = parse_train(sys.argv[1:])
+    job = parse_train(sys.argv[1:], PHASES)
     folder = RunFolder(Path(job.settings.out_dir or Path("out", job.name)))
     train_phase = train_context_blocks if job.settings.phase == "phase1" else train_language_model
     with open_world(job.settings.device) as world, contextlib.ExitStack() as at_the_end:

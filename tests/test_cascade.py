@@ -17,7 +17,7 @@ from torch import Tensor
 
 import model_cascade
 import train
-from configurator import PrepSettings, baseline_config, load_source
+from configurator import baseline_config, load_source
 from eval import evaluate_cache
 from kit.contexts import context_cache
 from kit.files import InputError
@@ -25,6 +25,7 @@ from kit.runs import model_args
 from kit.tokens import Windows, load_tokens, window_batch
 from model_cascade import CascadeConfig, CascadeContextLLM, read_gpt2_table
 from model_context import effective_rank
+from prep import PrepSettings
 from pythia_base import PythiaConfig, PythiaModel
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pythia_base
-from configurator import MODELS, PHASES, parse_train
+from configurator import MODELS, parse_train
 from kit.files import InputError
 from kit.runs import model_args
 from model_context import (
@@ -30,6 +30,7 @@ from model_context import (
     oacd_loss,
 )
 from pythia_base import PythiaConfig, make_optimizer
+from train import PHASES
 
 EPS = 1e-5
 SMALL: dict[str, Any] = {
@@ -402,9 +403,9 @@ def test_context_kv_caches_993_contexts_once(context_layers: tuple[int, ...], sa
 
 
 def test_context_layers_may_be_a_list_and_survive_a_checkpoint() -> None:
-    config = parse_train(["--model=context_kv", "--context_layers=[2,0]"]).model_config
+    config = parse_train(["--model=context_kv", "--context_layers=[2,0]"], PHASES).model_config
     assert config.context_layers == (2, 0)
     assert ContextKVConfig(**json.loads(json.dumps(model_args(config)))) == config
     for wrong in ("[]", "[6]", "[-1]"):
         with pytest.raises(InputError, match="context_layers"):
-            parse_train(["--model=context_kv", f"--context_layers={wrong}"])
+            parse_train(["--model=context_kv", f"--context_layers={wrong}"], PHASES)

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prep
-from configurator import MODELS, PrepSettings
+from configurator import MODELS
 from kit.contexts import BlockRun, ContextFile, ContextReader, context_cache
 from kit.files import InputError
 from kit.tokens import TokenFile
 from model_context import ContextBlock, ContextKVConfig, ContextPythiaConfig, ContextPythiaModel
+from prep import PrepSettings
 
 VOCAB, WIDTH = 300, 64
 LANES = {"lanes": 8, "overlap": 50, "chunk_tokens": 800}  # 8 lanes of 100 tokens

@@ -13,7 +13,7 @@ from conftest import checkpoint_of
 
 import eval as evaluation
 from benchmarks import evaluate_lambada
-from configurator import EvalSettings, LMSettings
+from eval import EvalSettings
 from kit.files import InputError
 from kit.text import load_tokenizer
 from kit.tokens import load_tokens
@@ -21,6 +21,7 @@ from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import effective_rank
 from prep import Document
 from pythia_base import PythiaConfig, PythiaModel
+from train import LMSettings
 
 CPU = torch.device("cpu")
 TEXT = "The cache holds a key and a value for every token, and the longer the text is, the larger grows the cache"

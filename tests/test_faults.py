@@ -28,9 +28,9 @@ import eval as evaluation
 import prep
 import sample
 import train
-from configurator import PrepSettings
 from kit.files import InputError, run
 from kit.text import Archive, fetch
+from prep import PrepSettings
 from tools import bench, compare
 
 SCRIPTS = {"train.py": train, "eval.py": evaluation, "sample.py": sample, "bench.py": bench, "prep.py": prep}

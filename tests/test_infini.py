@@ -11,6 +11,7 @@ from torch import Tensor
 from configurator import parse_train
 from model_infini import InfiniAttention, InfiniConfig, InfiniPythiaModel, Memory, MemoryCache, phi, retrieve
 from pythia_base import PythiaConfig, PythiaModel
+from train import PHASES
 
 S = 4  # segment_len
 SMALL: dict[str, Any] = {
@@ -352,7 +353,7 @@ def test_counts_below_1_are_refused(name: str) -> None:
     ],
 )
 def test_configs(name: str, changes: dict[str, Any]) -> None:
-    job = parse_train([str(Path(__file__).parents[1] / "config" / f"{name}.py")])
+    job = parse_train([str(Path(__file__).parents[1] / "config" / f"{name}.py")], PHASES)
     assert job.model_config == InfiniConfig(segment_len=32, **changes)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_compare import TINY
+from conftest import TINY_LAYER
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ def test_the_variant_of_the_readme(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cache").symlink_to(data_dir / "cache")
     (tmp_path / "data" / "mini").symlink_to(data_dir / "own")
-    (tmp_path / "config" / "laptop.py").write_text(TINY.format(max_iters=4))
+    (tmp_path / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=4))
 
     (tmp_path / "model_mqa.py").write_text(architecture)
     insert(tmp_path / "configurator.py", row, "MODELS: ")

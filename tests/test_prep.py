@@ -26,7 +26,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prep
-from configurator import PrepSettings
 from kit import text as kit_text
 from kit.files import InputError
 from kit.text import (
@@ -46,6 +45,7 @@ from kit.text import (
     read_zip_member,
 )
 from kit.tokens import DATASETS, SPLITS, TokenFile, load_tokens
+from prep import PrepSettings
 
 ROOT = Path(__file__).parents[1]
 PAIRS = get_reversal_pairs()

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prep
-from configurator import PrepSettings
 from kit import text as kit_text
 from kit.files import InputError
 from kit.text import (
@@ -28,6 +27,7 @@ from kit.text import (
     normalize_nfc,
     read_zip_member,
 )
+from prep import PrepSettings
 
 DATA_DIR = Path(__file__).parents[1] / "data"
 

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import train
-from configurator import LMSettings
 from kit import runs
 from kit.files import InputError
 from kit.text import get_reversal_pairs, load_tokenizer
 from kit.tokens import INDEX_DTYPE, Stretches, TokenFile, Windows, load_tokens, window_batch
+from train import LMSettings
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--block_size=32"]

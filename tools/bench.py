@@ -28,7 +28,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
-from configurator import MODELS, BenchSettings, Phase1Settings, build_model, divide_widths, load_source, parse_settings
+from configurator import MODELS, build_model, check_range, divide_widths, load_source, parse_settings
 from kit.contexts import ContextFile, ContextReader, exact_contexts
 from kit.files import InputError, make_folder, replacing, run
 from kit.pictures import LOOK, STYLES, save
@@ -62,6 +62,7 @@ from pythia_base import (
     next_token_loss,
     stream_tokens,
 )
+from train import Phase1Settings
 
 PLAIN_SHARE = 50  # the plain loop over contexts takes this much less of the same work
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py
@@ -69,6 +70,27 @@ MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # raised by the M
 RAISED = str(2**32)
 LENGTHS, LONG, BATCHES = (256, 2048, 8192), 32_768, (1, 8)  # tokens in the cache, rows
 LONG_MODELS = ("pythia", "mla", "context")  # timed at LONG too
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """bench.py"""
+
+    what: Literal["all", "train", "decode", "attention", "phase1", "contexts", "tokenize", "curves"] = "all"  # to time
+    quick: bool = False  # narrower models, less work, decoding steps not compiled: minutes, and rougher ratios
+    repeats: int = 3  # interleaved, after one to warm up; medians are shown
+    compile: bool | None = None  # time torch.compile in training too; None: on CUDA only
+    init_from: str = ""  # contexts: the phase 1 run whose ContextBlock is timed; empty: a new one
+    dataset: str = "mini"  # whose text the work is done on
+    data_dir: str = "data"  # where the token files are
+    num_tokens: int = 500_000  # contexts: tokens of the fast form per repeat; the plain one takes a fiftieth
+    num_steps: int = 500  # curves: steps whose losses are compared; not part of 'all'
+    out_dir: str = "out/bench"  # where bench.json and the pictures go
+    device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "repeats", "num_steps")
+        check_range(self, 1000, "num_tokens")
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -730,7 +752,7 @@ def draw(tables: list[Table]) -> Figure:
 
 
 def main() -> None:
-    settings, _ = parse_settings(BenchSettings, sys.argv[1:], takes="")
+    settings, _ = parse_settings(BenchSettings, sys.argv[1:])
     device = pick_device(settings.device)
     machine, folder = describe_machine(device), Path(settings.out_dir)
     print(machine, flush=True)

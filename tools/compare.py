@@ -16,20 +16,34 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
 
-from configurator import CompareSettings, Phase1Settings, PrepSettings, TrainSettings, parse_settings, parse_train
-from kit.files import InputError, run
+from configurator import check_range, parse_settings, parse_train
+from kit.files import run
 from kit.report import duration
 from kit.tokens import load_tokens
-from prep import prepare
+from prep import PrepSettings, prepare
+from train import PHASES, Phase1Settings, TrainSettings
 
 STATUS_SECONDS = 60  # between two lines that say how far the runs are
 LAPTOP_SPEED = 1_400  # tokens/s of a process on one core (a server's, AVX-512, bfloat16), until there is a measured one
 TAIL_LINES = 8  # of a failed training's output that are shown
 SCORING = 2 / 3  # work per validation token, each scored twice; that of a token to train on is 1
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """compare.py"""
+
+    size: Literal["laptop", "full"] = "laptop"  # with config/laptop.py on top, or at Pythia-70M's size
+    seeds: int = 1  # how often everything is trained, with seeds 1337, 1338, ...
+    processes: int | None = None  # trainings at a time; None: one on a GPU, else two that share the cores
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "seeds", "processes")
 
 
 @dataclass(frozen=True)
@@ -118,9 +132,9 @@ def make_training(recipe: Recipe, number: int, settings: CompareSettings) -> Tra
     words += [option.format(folder(recipe.needs)) for option in recipe.options]
     if number:
         words += [f"--seed={seed}", f"--out_dir={folder(recipe.config)}"]
-        if parse_train(words[1:]).settings.phase == "phase2":
+        if parse_train(words[1:], PHASES).settings.phase == "phase2":
             words.append(f"--init_from={folder(recipe.needs)}")
-    s = parse_train(words[1:]).settings
+    s = parse_train(words[1:], PHASES).settings
     is_phase1 = isinstance(s, Phase1Settings)
     tokens = s.num_tokens if is_phase1 else s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size
     needs = folder(recipe.needs) if recipe.needs else None
@@ -252,9 +266,7 @@ def is_reported(finished: list[Path], folder: Path) -> bool:
 
 
 def main() -> None:
-    settings, arguments = parse_settings(CompareSettings, sys.argv[1:], takes="")
-    if arguments:
-        raise InputError(f"{arguments[0]!r} is no option: what is compared stands in compare.py")
+    settings, _ = parse_settings(CompareSettings, sys.argv[1:])
     trainings, folder = plan(settings), Path(f"out/compare-{settings.size}")
     if not Path("data/mini/meta.json").exists():
         prepare(PrepSettings())

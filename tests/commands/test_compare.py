@@ -16,30 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, TINY_LAYER
 from filelock import FileLock
 from test_crash import plain
 
-from configurator import CompareSettings, parse_train
+from configurator import parse_train
 from kit.runs import read_checkpoint
-from tools.compare import RECIPES, Comparison, Training, plan
-
-ROOT = Path(__file__).parents[1]
-TINY = """
-hidden_size = 16
-num_layers = 2
-num_heads = 2
-intermediate_size = 32
-context_dim = 8
-kv_dim = 8
-num_tokens = 500
-batch_size = 4
-max_iterations = 2
-block_size = 32
-gradient_accumulation_steps = 1
-max_iters = {max_iters}
-eval_iters = 1
-device = 'cpu'
-"""
+from tools.compare import RECIPES, CompareSettings, Comparison, Training, plan
+from train import PHASES
 
 
 @pytest.fixture
@@ -51,7 +35,7 @@ def here(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cache").symlink_to(data_dir / "cache")
     shutil.copytree(data_dir / "own", tmp_path / "data" / "mini")
-    (tmp_path / "config" / "laptop.py").write_text(TINY.format(max_iters=4))
+    (tmp_path / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=4))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -73,7 +57,7 @@ def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(monkeypatch:
         assert len({t.tokens for t in trainings if t.max_iters}) == 1
         assert len({t.folder for t in trainings}) == len(trainings) == settings.seeds * len(RECIPES)
         for i, training in enumerate(trainings):
-            job = parse_train(list(training.words[1:]))
+            job = parse_train(list(training.words[1:]), PHASES)
             assert job.settings.dataset == "mini"
             assert str(training.folder) == (job.settings.out_dir or f"out/{job.name}")
             assert job.settings.seed == 1337 + (i >= len(RECIPES))
@@ -93,7 +77,7 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path, request: 
     With --kills above 1 the figures are compared with those of a comparison that is left alone.
     """
     configs, rng, kills = ["pythia", "mla_kv64"], random.Random(0), request.config.getoption("--kills")
-    (here / "config" / "laptop.py").write_text(TINY.format(max_iters=120))
+    (here / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=120))
     started = time.monotonic()
     process = start(configs, here)
     log = here / "out" / "pythia-laptop" / "log.jsonl"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configurator import MODELS, BenchSettings, build_model, names
+from configurator import MODELS, build_model, names
 from pythia_base import PythiaConfig, PythiaModel, input_major, make_optimizer
-from tools.bench import Contender, compare, training_losses
+from tools.bench import BenchSettings, Contender, compare, training_losses
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 

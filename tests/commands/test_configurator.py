@@ -9,35 +9,34 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import checkpoint_of
+from conftest import ROOT, checkpoint_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._inductor.exc import InvalidCxxCompiler
 
 from configurator import (
     MODELS,
-    PHASES,
-    SETTINGS,
-    EvalSettings,
     Job,
-    PrepSettings,
-    SampleSettings,
     Text,
     baseline_config,
     build_model,
     convert,
-    known_keys,
     load_source,
     names,
     parse_settings,
     parse_train,
 )
+from eval import EvalSettings
 from kit.files import InputError, run
 from kit.runs import model_args, pick_device, read_checkpoint
 from model_mla import MLAConfig
+from prep import PrepSettings
 from pythia_base import PythiaConfig
+from sample import SampleSettings
+from train import PHASES
 
-CONFIG = Path(__file__).parent.parent / "config"
+CONFIG = ROOT / "config"
+SETTINGS = [*PHASES.values(), PrepSettings, EvalSettings, SampleSettings]
 CONFIG_FILES = sorted(CONFIG.glob("*.py"))
 MLA_128, LAPTOP = str(CONFIG / "mla_kv128.py"), str(CONFIG / "laptop.py")
 
@@ -51,7 +50,7 @@ def write(folder: Path, name: str, text: str) -> str:
 def parse_files(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> Job:
     """parse_train with config files of these texts, named a, b, ..."""
     paths = [write(folder, name, text) for name, text in zip("abc", texts, strict=False)]
-    return parse_train([*paths, *overrides])
+    return parse_train([*paths, *overrides], PHASES)
 
 
 # -------------------------------------------------------------------------------------------------- layers, overrides
@@ -71,14 +70,11 @@ def test_the_last_model_named_is_the_one(tmp_path: Path) -> None:
 
 
 def test_nothing_given_is_the_baseline() -> None:
-    assert parse_train([]) == Job(PHASES["lm"](), PythiaConfig(), name="pythia", parent="", passed_over=[])
+    assert parse_train([], PHASES) == Job(PHASES["lm"](), PythiaConfig(), name="pythia", parent="", passed_over=[])
 
 
-def test_scripts_take_files_and_overrides(tmp_path: Path) -> None:
-    """Where a script takes config files, settings of other scripts in them are passed over."""
-    files = [write(tmp_path, "a", "dataset = 'pile'\nkv_dim = 64\nseed = 1"), write(tmp_path, "b", "seed = 2")]
-    assert parse_settings(PrepSettings, [*files, "--seed=3"]) == (PrepSettings(dataset="pile", seed=3), files)
-    assert parse_settings(PrepSettings, files)[0].seed == 2
+def test_other_scripts_take_settings_and_what_they_are_for() -> None:
+    assert parse_settings(PrepSettings, ["--seed=3"]) == (PrepSettings(seed=3), [])
     assert parse_settings(EvalSettings, ["out/a", "--batch_size=2", "out/b"], takes="runs") == (
         EvalSettings(batch_size=2),
         ["out/a", "out/b"],
@@ -87,7 +83,7 @@ def test_scripts_take_files_and_overrides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.stem)
 def test_every_config_file_parses_alone_and_below_the_laptop_layer(file: Path) -> None:
-    alone, narrow = parse_train([str(file)]), parse_train([str(file), LAPTOP])
+    alone, narrow = parse_train([str(file)], PHASES), parse_train([str(file), LAPTOP], PHASES)
     assert alone.passed_over == []
     if alone.settings.width_divisor == 1:
         assert narrow.model_config.hidden_size * 4 == alone.model_config.hidden_size
@@ -95,15 +91,15 @@ def test_every_config_file_parses_alone_and_below_the_laptop_layer(file: Path) -
 
 
 def test_a_width_divisor_divides_every_width_and_nothing_else() -> None:
-    job = parse_train([MLA_128, "--width_divisor=4"])
+    job = parse_train([MLA_128, "--width_divisor=4"], PHASES)
     assert job.model_config == MLAConfig(hidden_size=128, intermediate_size=512, kv_dim=32)
     assert (job.model_config.num_heads, job.model_config.num_layers) == (8, 6)
     assert baseline_config(job.model_config) == PythiaConfig(hidden_size=128, intermediate_size=512)
 
 
 def test_a_layer_may_hold_keys_that_the_model_does_not_have(tmp_path: Path) -> None:
-    job = parse_files(tmp_path, "model = 'pythia'", "kv_dim = 64\nmax_iters = 3\nstage = 'tokens'")
-    assert job.passed_over == ["kv_dim", "stage"]
+    job = parse_files(tmp_path, "model = 'pythia'", "kv_dim = 64\nmax_iters = 3\nnum_tokens = 4")
+    assert job.passed_over == ["kv_dim", "num_tokens"]
     assert job.settings.max_iters == 3
 
 
@@ -184,7 +180,9 @@ def test_values_of_another_type_are_refused(value: Any, hint: Any, named: str) -
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
-KEYS = st.sampled_from(sorted(known_keys()))
+KEYS = st.sampled_from(
+    sorted({name for cls in [*SETTINGS, *(config for config, _ in MODELS.values())] for name in names(cls)})
+)
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers() | st.text())
 TYPED = st.text() | VALUES.map(repr) | st.sampled_from(["0x" + "f" * 5000, "9" * 5000, "(" * 500, "{[]}", "1e999"])
 ARGUMENTS = st.lists(st.builds("--{}={}".format, KEYS | st.text(), TYPED) | KEYS.map("--{}".format), max_size=4)
@@ -195,7 +193,7 @@ ARGUMENTS = st.lists(st.builds("--{}={}".format, KEYS | st.text(), TYPED) | KEYS
 def test_a_command_line_parses_or_is_refused(arguments: list[str], settings_class: type) -> None:
     """Whatever is typed, nothing but InputError is raised."""
     with suppress(InputError):
-        parse_train(arguments)
+        parse_train(arguments, PHASES)
     with suppress(InputError):
         parse_settings(settings_class, arguments)
 
@@ -213,7 +211,7 @@ def test_a_config_file_parses_or_is_refused(tmp_path: Path, values: dict[str, An
 @pytest.mark.parametrize(
     ("ask", "classes"),
     [
-        (parse_train, [*PHASES.values(), *(config for config, _ in MODELS.values())]),
+        (lambda argv: parse_train(argv, PHASES), [*PHASES.values(), *(config for config, _ in MODELS.values())]),
         *(
             (lambda argv, cls=cls: parse_settings(cls, argv), [cls])
             for cls in (PrepSettings, EvalSettings, SampleSettings)
@@ -234,7 +232,7 @@ def test_help_lists_every_key_once_with_type_default_and_comment(
 
 def test_help_says_what_a_key_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        parse_train(["-h"])
+        parse_train(["-h"], PHASES)
     text = capsys.readouterr().out
     assert "  --kv_dim=128 (int)\n      width L of the latent, all that is cached" in text
     assert "  --patience=None (int or None)\n" in text
