@@ -2,8 +2,8 @@
 
     python train.py config/mla_kv128.py config/laptop.py --max_iters=500
                     |                   |                \\_ overrides, the last word
-                    |                   \\_ a layer, for any model
-                    \\_ picks the model
+                    |                   \\_ a layer, for any model: fills in what the experiment leaves open
+                    \\_ the experiment, which picks the model or the phase
 
 A config file is Python with plain assignments, and it is executed: run only files you trust.
 A script's settings stand at its top, a model's in its file: frozen dataclasses, and the comment behind a field is its
@@ -18,6 +18,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -62,11 +63,11 @@ class Job:
     model_config: Any  # of the model
     name: str  # of the run's folder, from the names of the config files
     parent: str  # the command that makes the run which a config given as init_from stands for
-    passed_over: list[str]  # keys of layered files that this model and phase do not have
+    passed_over: list[str]  # what layers could not set
 
 
 def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
-    """train.py's command line: the config that picks model and phase, layers on top of it, overrides.
+    """train.py's command line: layers, then the experiment that picks model and phase, then overrides.
 
     phases has the settings dataclass of each phase.
     """
@@ -75,28 +76,27 @@ def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
         print_help("python train.py [config files] [--key=value ...]", *phases.values(), *configs)
     paths, overrides = split_arguments(argv)
     files = {path: read_config(path) for path in paths}
-    merged = {key: value for keys in [*files.values(), overrides] for key, value in keys.items()}
-    settings_class: type = phases[pick(merged, "phase", "lm", phases)]
-    config_class, _ = MODELS[pick(merged, "model", "pythia", MODELS)]
+    layers = [path for path, keys in files.items() if not keys.keys() & {"model", "phase"}]
+    layered = merge(files[path] for path in layers)
+    own = merge(keys for path, keys in files.items() if path not in layers)
+    values = layered | own | overrides
+    settings_class: type = phases[pick(values, "phase", "lm", phases)]
+    config_class, _ = MODELS[pick(values, "model", "pythia", MODELS)]
 
     valid = [*names(settings_class), *names(config_class)]
     known = {name for cls in [*phases.values(), *(config for config, _ in MODELS.values())] for name in names(cls)}
-    values: dict[str, Any] = {}
-    passed_over: list[str] = []
     for where, keys in [*files.items(), ("the command line", overrides)]:
-        is_layer = where in files and not picks(keys)
-        for key, value in keys.items():
-            if key in valid:
-                values[key] = value
-            elif is_layer and key in known:
-                passed_over.append(key)
-            elif key in known:
-                model, phase = merged.get("model", "pythia"), merged.get("phase", "lm")
-                raise InputError(f"{where}: {key!r} is no setting of model={model!r}, phase={phase!r}, but of others")
-            else:
+        for key in keys:
+            if key not in known:
                 raise InputError(unknown_key(key, where, valid, sorted(known)))
+            if key not in valid and where not in layers:
+                model, phase = values.get("model", "pythia"), values.get("phase", "lm")
+                raise InputError(f"{where}: {key!r} is no setting of model={model!r}, phase={phase!r}, but of others")
+    others = [key for key in layered if key not in valid]
+    passed_over = [f"{', '.join(others)} (not of this model and phase)"] if others else []
+    lost = [key for key in layered if key in own.keys() - overrides.keys() and layered[key] != own[key]]
+    passed_over += [f"{key} (the experiment's {own[key]!r} stays)" for key in lost]
     settings: Any = make(settings_class, values)
-    layers = [path for path, keys in files.items() if not picks(keys)]
     parent = ""
     if settings.init_from.endswith(".py"):
         parent = " ".join(["python train.py", settings.init_from, *layers])
@@ -110,9 +110,9 @@ def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
     )
 
 
-def picks(keys: dict[str, Any]) -> bool:
-    """Whether a config file picks the model or the phase; one that does not is a layer for any."""
-    return bool(keys.keys() & {"model", "phase"})
+def merge(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """All keys; of one that several have, the last one's value."""
+    return {key: value for keys in dicts for key, value in keys.items()}
 
 
 def run_name(paths: list[str]) -> str:

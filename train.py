@@ -94,6 +94,8 @@ class LMSettings(TrainSettings):
         check_range(self, 1, "log_interval", "patience", "lr_decay_iters", "tokens_per_doc")
         check_range(self, 0, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
         check_range(self, 0, "min_ppl_gain")
+        if self.decay_lr and self.learning_rate < self.min_lr:
+            raise InputError(f"learning_rate={self.learning_rate} is below min_lr={self.min_lr}, at which it ends")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} has to be at least 0 and below 1")
@@ -120,7 +122,7 @@ class Phase1Settings(TrainSettings):
 
     embeddings: str = "random"  # the token table: 'random', 'gpt2' (hub), a GPT-2 folder, a run folder (its output's)
     num_tokens: int = 100_000  # of the training tokens for each ContextBlock
-    cascade_data: Literal["split", "all"] = "split"  # several blocks: each on its own part of the data, or all on all
+    cascade_data: Literal["split", "all"] = "split"  # several blocks: each on its own part of the data, or on all parts
     max_iterations: int = 100  # passes over all of them, one optimizer step each
     convergence_threshold: float = 0.03  # a context that moves by less, mean squared, has settled
     learning_rate: float = 0.003  # Adam
@@ -280,7 +282,7 @@ def announce(job: Job, model: Any, data: TokenFile, folder: RunFolder, world: Wo
     """Say what is about to be trained, on what."""
     world.say(f"settings: {json.dumps({**asdict(job.settings), 'model_args': model_args(job.model_config)})}")
     if job.passed_over:
-        world.say(f"not for this model and phase, passed over: {', '.join(job.passed_over)}")
+        world.say(f"a layer could not set: {'; '.join(job.passed_over)}")
     world.say(f"model {job.settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     world.say(f"data {data.path.parent}: {len(data.tokens):,} training tokens; run folder {folder.path}")
 
@@ -732,12 +734,16 @@ class Phase1Trainer:
             self.reports, self.resumed_block = checkpoint["reports"], checkpoint["block"]
             self.step, self.train_seconds = checkpoint["iter_num"], checkpoint["train_seconds"]
 
+    def parts(self) -> list[Tensor]:
+        """As many parts of the training tokens as there are blocks, (N,) int64 each, on the CPU."""
+        tokens, count = self.train_data.tokens, len(self.model.context_blocks)
+        split = len(tokens) // count
+        parts = [tokens[i * split : (i + 1) * split][: self.settings.num_tokens] for i in range(count)]
+        return [torch.from_numpy(part.astype(np.int64)) for part in parts]
+
     def part(self, number: int) -> Tensor:
-        """The training tokens of a block, (N,) int64 on the CPU."""
-        s, tokens, parts = self.settings, self.train_data.tokens, len(self.model.context_blocks)
-        split = len(tokens) // parts if s.cascade_data == "split" else 0
-        end = number * split + (split or len(tokens))
-        return torch.from_numpy(tokens[number * split : end][: s.num_tokens].astype(np.int64))
+        """The tokens that a block is trained on: its part, or the union of all."""
+        return self.parts()[number] if self.settings.cascade_data == "split" else torch.cat(self.parts())
 
     def train(self, stop: StopRequest) -> int:
         """Train the blocks that are not yet trained, one after the other; returns the signal that stopped it, or 0."""
@@ -817,7 +823,7 @@ class Phase1Trainer:
         """What all contexts, side by side, are worth: on an equal share of each block's tokens, and held out."""
         blocks, table = self.model.context_blocks, self.model.embed_in.weight
         share = math.ceil(self.settings.num_tokens / len(blocks))
-        tokens = torch.cat([self.part(number)[:share] for number in range(len(blocks))])
+        tokens = torch.cat([part[:share] for part in self.parts()])
         ranks = [
             effective_rank(torch.cat([exact_contexts(block, table, ids) for block in blocks], dim=1))
             for ids in (tokens, self.heldout_tokens())

@@ -235,18 +235,23 @@ def test_what_is_no_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # ------------------------------------------------------------------------------------------------- the two phases
 
 
-@pytest.mark.parametrize(("data", "expected"), [("split", [0, 33, 66]), ("all", [0, 0, 0])])
-def test_block_i_is_trained_on_the_i_th_part(data: str, expected: list[int]) -> None:
-    tokens = np.arange(100, dtype=np.uint16)
-    for num_tokens, length in {1000: 33 if data == "split" else 100, 20: 20}.items():
-        trainer: Any = SimpleNamespace(
-            settings=SimpleNamespace(cascade_data=data, num_tokens=num_tokens),
-            train_data=SimpleNamespace(tokens=tokens),
-            model=SimpleNamespace(context_blocks=range(3)),
-        )
-        parts = [train.Phase1Trainer.part(trainer, i) for i in range(3)]
-        assert [part[0].item() for part in parts] == expected
-        assert all(torch.equal(part, torch.arange(part[0].item(), part[0].item() + length)) for part in parts)
+@pytest.mark.parametrize(
+    ("data", "num_tokens", "expected"),
+    [
+        ("split", 1000, [[*range(33)], [*range(33, 66)], [*range(66, 99)]]),
+        ("split", 3, [[0, 1, 2], [33, 34, 35], [66, 67, 68]]),
+        ("all", 1000, [[*range(99)]] * 3),
+        ("all", 3, [[0, 1, 2, 33, 34, 35, 66, 67, 68]] * 3),
+    ],
+)
+def test_block_i_is_trained_on_the_i_th_part_or_all_on_the_union(
+    data: str, num_tokens: int, expected: list[list[int]]
+) -> None:
+    trainer: Any = object.__new__(train.Phase1Trainer)
+    trainer.settings = SimpleNamespace(cascade_data=data, num_tokens=num_tokens)
+    trainer.train_data = SimpleNamespace(tokens=np.arange(100, dtype=np.uint16))
+    trainer.model = SimpleNamespace(context_blocks=range(3))
+    assert [trainer.part(number).tolist() for number in range(3)] == expected
 
 
 def test_batches_of_positions_read_the_contexts_of_their_positions() -> None:

@@ -33,11 +33,12 @@ from model_mla import MLAConfig
 from prep import PrepSettings
 from pythia_base import PythiaConfig
 from sample import SampleSettings
-from train import PHASES
+from train import PHASES, Phase1Settings
 
 CONFIG = ROOT / "config"
 SETTINGS = [*PHASES.values(), PrepSettings, EvalSettings, SampleSettings]
 CONFIG_FILES = sorted(CONFIG.glob("*.py"))
+PICKED: dict[str, Any] = {"model": "context", "phase": "phase1"}
 MLA_128, LAPTOP = str(CONFIG / "mla_kv128.py"), str(CONFIG / "laptop.py")
 
 
@@ -57,11 +58,11 @@ def parse_files(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> J
 
 
 def test_later_files_and_the_command_line_have_the_last_word(tmp_path: Path) -> None:
-    first = "model = 'mla'\nkv_dim = 64\nmax_iters = 1\nbatch_size = 2"
-    job = parse_files(tmp_path, first, "max_iters = 3\nseed = 4", overrides=("--seed=5", "--kv-dim=32", "--kv_dim=16"))
+    texts = ["model = 'mla'\nkv_dim = 64\nbatch_size = 2", "max_iters = 1\nseed = 4", "max_iters = 3"]
+    job = parse_files(tmp_path, *texts, overrides=("--seed=5", "--kv-dim=32", "--kv_dim=16"))
     assert (job.settings.batch_size, job.settings.max_iters, job.settings.seed) == (2, 3, 5)
     assert job.model_config == MLAConfig(kv_dim=16)
-    assert job.name == "a-b"
+    assert job.name == "a-b-c"
 
 
 def test_the_last_model_named_is_the_one(tmp_path: Path) -> None:
@@ -97,9 +98,33 @@ def test_a_width_divisor_divides_every_width_and_nothing_else() -> None:
     assert baseline_config(job.model_config) == PythiaConfig(hidden_size=128, intermediate_size=512)
 
 
+def test_an_experiment_wins_over_a_layer_in_any_order_and_the_command_line_over_both(tmp_path: Path) -> None:
+    experiment, layer = "phase = 'phase1'\nmodel = 'context'\nseed = 1\nlearning_rate = 0.3", "seed = 2\nbatch_size = 7"
+    first, last = parse_files(tmp_path, experiment, layer), parse_files(tmp_path, layer, experiment)
+    assert first.settings == last.settings == Phase1Settings(**PICKED, seed=1, learning_rate=0.3, batch_size=7)
+    assert first.passed_over == last.passed_over == ["seed (the experiment's 1 stays)"]
+    typed = parse_files(tmp_path, experiment, layer, overrides=("--seed=3",))
+    assert (typed.settings.seed, typed.passed_over) == (3, [])
+    assert parse_files(tmp_path, experiment, "seed = 1").passed_over == []  # the same
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate"),
+    [("phase1", 0.003), ("context_kv_phase1", 0.003), ("cascade_phase1", 0.003), ("cascade_phase2", 0.001)],
+)
+@pytest.mark.parametrize("layer", ["laptop", "pile"])
+def test_layers_leave_the_learning_rates_of_phase_1_and_the_cascade(
+    name: str, learning_rate: float, layer: str
+) -> None:
+    assert (
+        parse_train([str(CONFIG / f"{name}.py"), str(CONFIG / f"{layer}.py")], PHASES).settings.learning_rate
+        == learning_rate
+    )
+
+
 def test_a_layer_may_hold_keys_that_the_model_does_not_have(tmp_path: Path) -> None:
     job = parse_files(tmp_path, "model = 'pythia'", "kv_dim = 64\nmax_iters = 3\nnum_tokens = 4")
-    assert job.passed_over == ["kv_dim", "num_tokens"]
+    assert job.passed_over == ["kv_dim, num_tokens (not of this model and phase)"]
     assert job.settings.max_iters == 3
 
 

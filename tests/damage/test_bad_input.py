@@ -326,6 +326,7 @@ SETTINGS = [
     Case(f"train.py --seed=1{'0' * 400}", "has to be below 2^63"),
     Case("train.py --seed=None", "seed='None' has to be int"),
     Case("train.py --learning_rate=1e999", "learning_rate=inf has to be below 2^63"),
+    Case("train.py --learning_rate=1e-5", "learning_rate=1e-05 is below min_lr=0.0001"),
     Case("train.py --learning_rate=nan", "learning_rate='nan' has to be float"),
     Case("train.py --learning_rate=1,5", "learning_rate='1,5' has to be float"),
     Case("train.py --beta2=1", "beta2=1.0 has to be at least 0 and below 1"),
