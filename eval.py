@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,16 +33,16 @@ from kit.report import AFTER_FIRST, format_comparison, format_table, overlap_tab
 from kit.runs import pick_device
 from kit.text import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer
 from kit.tokens import TokenFile, document_bounds, load_tokens
-from model_context import ContextBlock, compute_convergence_rate, effective_rank
+from model_context import effective_rank, settled_share
 from prep import Document, PrepSettings
 from pythia_base import safe_exp, score_tokens, stream_tokens
 
 TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
-HELDOUT_TOKENS = 100_000  # whose contexts are looked at
 CACHE_LENGTHS = (256, 2048, 8192)  # tokens at which caches are compared
 DECODE_TOKENS = 32  # tokens generated at each of these lengths to time it
 SPEED_REPEATS = 3
+CONTEXT_TOKENS = 100_000  # whose contexts are looked at, unless the checkpoint says how many phase 1 took
 LONG_WINDOWS = 8  # windows of a long document that are scored, 4,096 tokens at a block_size of 512
 POSITION_EDGES = (0, 16, 32, 64, 96)  # position ranges of the window; the last one ends with the window
 VERIFIED = "EleutherAI/pythia-70m"
@@ -234,32 +233,26 @@ def window_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def heldout_contexts(
-    block: ContextBlock, table: Tensor, tokens: Tensor, threshold: float, noise: float
-) -> tuple[Tensor, float]:
-    """The exact contexts (N, E) of tokens (N,), and the share of them that is at rest.
+def evaluate_contexts(model: Any, tokens: np.ndarray, trained: list[dict[str, Any]]) -> dict[str, Any]:
+    """Effective rank of a model's contexts on the start of a token file, for each block and for all.
 
-    At rest are those that one noisy parallel pass, as Phase 1 makes it, moves by less than the threshold.
+    Also whether they settle, where the checkpoint says how phase 1 trained each block.
     """
-    exact = exact_contexts(block, table, tokens)
-    generator = torch.Generator().manual_seed(0)  # the same noise for every model
-    noisy = exact[:-1] + noise * torch.randn(exact[:-1].shape, generator=generator)
-    moved = block.step(noisy.to(table.device), F.embedding(tokens[1:].to(table.device), block.token_half(table)))
-    return exact, compute_convergence_rate(moved.cpu(), exact[1:], threshold)
-
-
-def evaluate_contexts(model: Any, tokens: np.ndarray) -> dict[str, Any]:
-    """Convergence and effective rank of a model's contexts on the start of a token file, for each block and for all."""
-    ids = torch.from_numpy(tokens[:HELDOUT_TOKENS].astype(np.int64))
-    limits = (0.03, 0.05)  # convergence_threshold and context_noise of Phase 1
-    found = [heldout_contexts(block, model.embed_in.weight, ids, *limits) for block in model.context_blocks]
-    together = torch.cat([contexts for contexts, _ in found], dim=1)
-    return {
-        "context_convergence_rates": [rate for _, rate in found],
-        "context_effective_ranks": [effective_rank(contexts) for contexts, _ in found],
+    num_tokens = max((how["num_tokens"] for how in trained), default=CONTEXT_TOKENS)
+    ids, table = torch.from_numpy(tokens[:num_tokens].astype(np.int64)), model.embed_in.weight
+    contexts = [exact_contexts(block, table, ids) for block in model.context_blocks]
+    together = torch.cat(contexts, dim=1)
+    results: dict[str, Any] = {
+        "context_effective_ranks": [effective_rank(each) for each in contexts],
         "context_dim": together.size(1),
         "context_effective_rank": effective_rank(together),
     }
+    if len(trained) == len(contexts):
+        results["context_convergence_rates"] = [
+            settled_share(block, table, ids, **{key: how[key] for key in ("iterations", "noise", "threshold")})
+            for block, how in zip(model.context_blocks, trained, strict=True)
+        ]
+    return results
 
 
 # ------------------------------------------------------------------------------------------------ reversal curse
@@ -397,8 +390,12 @@ def evaluate_model(
     batch_size: int,
     device: torch.device,
     texts: Mapping[str, list[Document] | Unavailable],
+    context_blocks: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """All metrics of the tasks for one model, moved to the device, in float32; texts are those of the benchmarks."""
+    """All metrics of the tasks for one model, moved to the device, in float32; texts are those of the benchmarks.
+
+    context_blocks: how phase 1 trained the model's ContextBlocks, as its checkpoint has it.
+    """
     model = model.to(device).eval()
     data = load_tokens(data_folder, "val")
     tokenizer = load_tokenizer(data.meta["tokenizer"], data_dir)
@@ -412,7 +409,7 @@ def evaluate_model(
         results |= evaluate_val(model, data.tokens, block_size, batch_size, device)
         results["ppl_meaning"] = ppl_meaning(results["val_ppl"])
         if hasattr(model, "context_blocks"):
-            results |= evaluate_contexts(model, data.tokens)
+            results |= evaluate_contexts(model, data.tokens, context_blocks)
     if "reversal" in tasks:
         results |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), device)
     results |= evaluate_benchmarks(model, tasks, texts, tokenizer, block_size, batch_size, device)
@@ -603,9 +600,12 @@ def main() -> None:
         warnings += overlap_warnings(results)
         different = {str(row["overlap"]): row for row in reversed(results)}
         print(format_table(*overlap_table(list(different.values())[::-1])) + "\n")
-    for row, (source, model, _) in zip(results, runs, strict=True):
+    for row, (source, model, checkpoint) in zip(results, runs, strict=True):
         print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
-        row |= evaluate_model(model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device, texts)
+        row |= evaluate_model(
+            model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device, texts,
+            checkpoint.get("context_blocks", []),
+        )  # fmt: skip
     print("\n\n".join([*warnings, format_comparison(results)]), flush=True)  # first: the disk may be full
     write_report({"block_size": block_size, "data": str(folder), "warnings": warnings, "runs": results}, out_dir)
     print(f"\nwritten to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")

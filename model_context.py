@@ -25,7 +25,7 @@ replaced, plus at most 993 x 256 (1,016,832 bytes in float32).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -51,6 +51,8 @@ WEIGHT_STD = 0.1  # of the ContextBlock's weights under init='normal'
 BIAS_STD = 0.01  # of its biases
 FIRST_CONTEXTS_STD = 0.01  # of the contexts that the first iteration of Phase 1 reads
 
+SETTLING_PASSES = 20  # at least so many parallel passes tell whether the contexts of a trained block settle
+SETTLING_BATCH = 5_000  # tokens of these passes on the device at a time
 RANK_ROWS = 10_000  # rows that exist in float64 at a time while the effective rank is computed
 
 Init = Literal["normal", "xavier", "kaiming"]
@@ -186,6 +188,39 @@ def first_contexts(num_tokens: int, context_dim: int) -> Tensor:
     return torch.empty(num_tokens, context_dim).normal_(std=FIRST_CONTEXTS_STD)
 
 
+def shifted_batches(
+    places: Tensor, contexts: Tensor, batch_size: int, context_noise: float, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A parallel pass, a batch at a time: places (n,) on the device, the contexts (n, E) that it is to write over, and
+    those that it reads, noisy, on the device: token t reads what the last pass gave token t-1.
+    """
+    before = contexts.new_zeros(1, contexts.size(1))  # c_{-1}
+    for where, old in zip(places.split(batch_size), contexts.split(batch_size), strict=True):
+        shifted = torch.cat([before, old[:-1]]).to(device)
+        before = old[-1:].clone()  # the next batch reads it after it is written over
+        yield where.to(device), old, shifted + context_noise * torch.randn_like(shifted)
+
+
+@torch.no_grad()
+def settled_share(
+    block: ContextBlock, table: Tensor, tokens: Tensor, *, iterations: int, noise: float, threshold: float
+) -> float:
+    """Convergence rate over tokens (N,) with frozen weights: that of the last of as many passes as Phase 1 took.
+
+    But no fewer than SETTLING_PASSES. A block whose contexts never settle shows it here, whatever its exact ones do.
+    """
+    distinct, places = tokens.unique(return_inverse=True)
+    token_half = block.token_half(table[distinct.to(table.device)])  # (distinct ids, E)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same start and noise for every model
+        contexts = first_contexts(len(tokens), block.context_dim)
+        for _ in range(max(iterations, SETTLING_PASSES)):
+            before = contexts.clone()
+            for where, old, noisy in shifted_batches(places, contexts, SETTLING_BATCH, noise, table.device):
+                old.copy_(block.step(noisy, F.embedding(where, token_half)))
+    return compute_convergence_rate(contexts, before, threshold)
+
+
 def oacd_iteration(
     block: ContextBlock,
     table: Tensor,
@@ -210,13 +245,9 @@ def oacd_iteration(
     distinct, places = tokens.unique(return_inverse=True)
     token_half = block.token_half(table[distinct.to(table.device)].detach())  # (distinct ids, E)
     half_gradient = torch.zeros_like(token_half)
-    before = contexts.new_zeros(1, block.context_dim)  # c_{-1}
     total_loss, rate = 0.0, 0.0
     optimizer.zero_grad()
-    for where, old in zip(places.split(batch_size), contexts.split(batch_size), strict=True):
-        shifted = torch.cat([before, old[:-1]]).to(table.device)  # token t reads what the last iteration gave t-1
-        noisy = shifted + context_noise * torch.randn_like(shifted)
-        where = where.to(table.device)
+    for where, old, noisy in shifted_batches(places, contexts, batch_size, context_noise, table.device):
         half = F.embedding(where, token_half.detach()).requires_grad_()
         new = block.step(noisy, half)
         loss = oacd_loss(new, centroid_weight) / num_batches
@@ -226,7 +257,6 @@ def oacd_iteration(
         total_loss += loss.item()
         new = new.detach().cpu()
         rate += compute_convergence_rate(new, old, convergence_threshold) * len(old) / len(tokens)
-        before = old[-1:].clone()  # the next batch reads it after it is overwritten here
         old.copy_(new)
     token_half.backward(half_gradient)
     if gradient_clip:

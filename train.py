@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import Job, build_model, check_range, load_source, parse_train
-from eval import RUN_TASKS, evaluate_model, heldout_contexts
+from eval import RUN_TASKS, evaluate_model
 from kit.contexts import ContextReader, context_cache, exact_contexts
 from kit.files import InputError, one_line, run
 from kit.report import duration, format_rank, format_summary, format_table
 from kit.runs import RunFolder, StopRequest, World, git_commit, model_args, open_world, read_checkpoint
 from kit.tokens import Stretches, TokenFile, Windows, load_tokens, window_batch
 from model_cascade import read_gpt2_table
-from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
+from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration, settled_share
 from prep import PrepSettings, prepare
 from pythia_base import make_optimizer, safe_exp
 
@@ -179,6 +179,7 @@ class Lineage:
 
     parents: list[str]
     tokens_seen: int
+    context_blocks: list[dict[str, Any]] = field(default_factory=list)  # what phase 1 reports of its ContextBlocks
 
 
 def new_model(job: Job, data: TokenFile, world: World) -> tuple[Any, Lineage, dict[str, str]]:
@@ -197,7 +198,8 @@ def new_model(job: Job, data: TokenFile, world: World) -> tuple[Any, Lineage, di
     lineage = Lineage([], 0)
     if checkpoint is not None:
         check_tokenizer(source, checkpoint["data"]["tokenizer"], data)
-        lineage = Lineage([*checkpoint["parents"], source], checkpoint["tokens_seen"])
+        seen, trained = checkpoint["tokens_seen"], checkpoint["context_blocks"]
+        lineage = Lineage([*checkpoint["parents"], source], seen, trained)
     try:
         report = model.start_from(weights)
     except ValueError as error:
@@ -274,6 +276,7 @@ def checkpoint_header(job: Job, data: dict[str, str], step: int, lineage: Lineag
         "data": data,
         "parents": lineage.parents,
         "earlier_tokens": lineage.tokens_seen,
+        "context_blocks": lineage.context_blocks,
         "commit": git_commit(),
     }
 
@@ -373,7 +376,7 @@ class LMTrainer:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
-        self.lineage = Lineage(checkpoint["parents"], checkpoint["earlier_tokens"])
+        self.lineage = Lineage(checkpoint["parents"], checkpoint["earlier_tokens"], checkpoint["context_blocks"])
         self.step, self.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
         self.evaluations_without_gain = checkpoint["evaluations_without_gain"]
         self.train_seconds, self.resumed = checkpoint["train_seconds"], True
@@ -549,8 +552,9 @@ class LMTrainer:
         }
         folder = Path(s.data_dir, s.dataset)
         summary |= evaluate_model(
-            self.model, RUN_TASKS, folder, s.data_dir, s.block_size, s.batch_size, self.world.device, texts={}
-        )
+            self.model, RUN_TASKS, folder, s.data_dir, s.block_size, s.batch_size, self.world.device, {},
+            self.lineage.context_blocks,
+        )  # fmt: skip
         self.folder.write_json("summary.json", summary)
         print(format_summary(summary))
         print(f"\nnext: python sample.py {self.folder.path}   or   python eval.py {self.folder.path}")
@@ -731,7 +735,7 @@ class Phase1Trainer:
             check_resumable(checkpoint, self.job, self.data, self.folder.path)
             self.model.load_state_dict(checkpoint["model"])
             self.lineage = Lineage(checkpoint["parents"], checkpoint["earlier_tokens"])
-            self.reports, self.resumed_block = checkpoint["reports"], checkpoint["block"]
+            self.reports, self.resumed_block = checkpoint["context_blocks"], checkpoint["block"]
             self.step, self.train_seconds = checkpoint["iter_num"], checkpoint["train_seconds"]
 
     def parts(self) -> list[Tensor]:
@@ -795,23 +799,23 @@ class Phase1Trainer:
         """What the block is worth, by the exact recurrence with its weights, on training and on held-out tokens.
 
         exact_share: how many of the last iteration's contexts lie within the threshold of the exact ones.
-        heldout_convergence_rate: how many exact contexts move by less than the threshold in one noisy parallel pass.
         """
         s, block, table = self.settings, self.model.context_blocks[number], self.model.embed_in.weight
-        exact = exact_contexts(block, table, tokens)
-        limits = (s.convergence_threshold, s.context_noise)
-        heldout, heldout_rate = heldout_contexts(block, table, self.heldout_tokens(), *limits)
-        width = block.context_dim
+        exact, heldout_ids = exact_contexts(block, table, tokens), self.heldout_tokens()
+        heldout = exact_contexts(block, table, heldout_ids)
+        passes: dict[str, Any] = {"noise": s.context_noise, "threshold": s.convergence_threshold}
+        passes["iterations"] = self.iteration
         return {
             "block": number,
-            "context_dim": width,
+            "context_dim": block.context_dim,
             "tokens": len(tokens),
-            "iterations": self.iteration,
+            "num_tokens": s.num_tokens,
+            **passes,
             "convergence_rate": rate,
             "exact_share": compute_convergence_rate(contexts, exact, s.convergence_threshold),
             "effective_rank": effective_rank(exact),
             "heldout_tokens": len(heldout),
-            "heldout_convergence_rate": heldout_rate,
+            "heldout_convergence_rate": settled_share(block, table, heldout_ids, **passes),
             "heldout_effective_rank": effective_rank(heldout),
         }
 
@@ -866,7 +870,7 @@ class Phase1Trainer:
         state = {
             **checkpoint_header(self.job, self.data, self.step, self.lineage),
             "model": self.model.state_dict(),
-            "reports": self.reports,
+            "context_blocks": self.reports,
             "block": block,
             "tokens_seen": self.lineage.tokens_seen,  # no language is learnt here
             "train_seconds": self.train_seconds,

@@ -244,7 +244,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # zip and pickle readers each have errors of their own
         raise InputError(f"{file} cannot be read ({type(error).__name__}): truncated, or no checkpoint") from None
     layout = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "data": dict}
-    layout |= {"parents": list, "tokens_seen": int, "commit": str}
+    layout |= {"parents": list, "tokens_seen": int, "commit": str, "context_blocks": list}
     fits = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in layout.items())
     if (
         not fits

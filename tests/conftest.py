@@ -71,5 +71,6 @@ def checkpoint_of(name: str, model: Any, /, **changes: Any) -> dict[str, Any]:
         "parents": [],
         "tokens_seen": 96,
         "commit": "",
+        "context_blocks": [],
         **changes,
     }
