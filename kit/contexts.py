@@ -38,7 +38,7 @@ class ContextSettings:
     method: Literal["lanes", "sequential"] = "lanes"  # parts of the stream in lockstep, or token by token
     lanes: int = 128  # parts of a chunk that advance in lockstep
     overlap: int = 100  # tokens before its first that a lane begins at, to forget where it started
-    tolerance: float = 3e-6  # a lane whose state is further from the end of the lane before is run again
+    tolerance: float = 1e-6  # a lane whose state is further from the end of the lane before is run again
     chunk_tokens: int = 100_000  # tokens on the device at a time, and what an interruption loses at most
     context_stride: int = 1  # keep one of so many, that much less disk; phase 2 runs the others again
 
@@ -48,7 +48,7 @@ class ContextFile:
     """Contexts of the tokens of one split, as the recurrence from its first token gives them."""
 
     path: Path
-    fingerprint: str  # of the weights, of the token file and of the stride
+    fingerprint: str  # of all that the numbers depend on
     stride: int  # S: kept are those of tokens S - 1, 2 S - 1, ...; of every token with S = 1
     contexts: npt.NDArray[np.float32]  # a memmap, (number of tokens // S, E), the blocks side by side
 
@@ -66,11 +66,15 @@ def context_cache(model: Any, file: TokenFile, settings: ContextSettings) -> Con
     record = {
         "weights": weights_digest(model),
         "tokens": file.digest,
+        "tolerance": settings.tolerance,
+        "overlap": settings.overlap,
         "stride": stride,
         "shape": shape,
         "source": os.path.abspath(settings.init_from),
     }
-    fingerprint = hashlib.sha256(f"{record['weights']} {record['tokens']} {stride}".encode()).hexdigest()[:8]
+    # where lanes and chunks are cut is not among it: wherever that is, they meet to the tolerance
+    made_with = [record[key] for key in ("weights", "tokens", "tolerance", "overlap", "stride")]
+    fingerprint = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:8]
     path = file.path.with_name(f"contexts_{fingerprint}_{file.path.stem}.bin")
     with FileLock(path.with_name(".contexts.lock")):  # of two at once, the second finds the first one's file
         if is_complete(path, record):
@@ -192,7 +196,8 @@ class BlockRun:
         self.rows = rows  # (chunk_tokens, E), of the current chunk
         self.halves = block.token_half(table)  # (V, ...), of every token that there is
         self.forgets: bool | None = None  # the first chunk shows it
-        self.num_lanes, self.num_run_again, self.largest_gap = 0, 0, 0.0
+        self.num_lanes, self.num_run_again = 0, 0
+        self.largest_left = 0.0  # of the differences where one lane, or what was run again of it, meets the next
 
     def fill(self, ids: Tensor) -> None:
         """The contexts of the next tokens (n,), into the first n rows."""
@@ -241,8 +246,8 @@ class BlockRun:
         while True:
             gaps = (rows[:-1, -1] - starts[1:]).abs().amax(dim=1)  # (L - 1,)
             gap = gaps.max().item()
-            self.largest_gap = max(self.largest_gap, gap)
             if gap <= self.settings.tolerance:
+                self.largest_left = max(self.largest_left, gap)
                 return True
             if not gap <= last_gap / 2:  # and where it is no number
                 return False
@@ -256,9 +261,12 @@ class BlockRun:
         """Write some lanes anew from the states c, each until it meets what is written."""
         for t in range(lanes.size(1)):
             c = self.block.step(c, F.embedding(lanes[which, t], self.halves))
-            apart = (c - rows[which, t]).abs().amax(dim=1) > self.settings.tolerance
+            gaps = (c - rows[which, t]).abs().amax(dim=1)
+            apart = gaps > self.settings.tolerance
             rows[which, t] = c
             which, c = which[apart], c[apart]
+            if not apart.all():
+                self.largest_left = max(self.largest_left, gaps[~apart].max().item())
             if not len(which):
                 return
 
@@ -277,7 +285,7 @@ class BlockRun:
 
     def summary(self) -> str:
         again = f"{self.num_run_again} of {self.num_lanes:,} lanes run again"
-        return f"largest difference at a seam {self.largest_gap:.1e}, {again}"
+        return f"largest difference left at a seam {self.largest_left:.1e}, {again}"
 
 
 class ContextReader:
