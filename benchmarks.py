@@ -27,7 +27,7 @@ from tqdm import tqdm
 from kit.files import InputError, one_line
 from kit.text import Tokenizer, hub_revision, normalize_nfc, require_whole_zst
 from kit.tokens import TokenFile
-from prep import Document, HubSet, stream_hub
+from prep import HubSet, stream_hub
 from pythia_base import safe_exp, score_tokens
 
 HUB_TEXTS = {
@@ -44,6 +44,11 @@ GRAM_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any large odd number
 CHUNK_TOKENS = 1_000_000  # of the training text that are searched at a time
 
 # --------------------------------------------------------------------------------------------- where they come from
+
+
+class Document(NamedTuple):
+    text: str
+    subset: str
 
 
 class Unavailable(NamedTuple):

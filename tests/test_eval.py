@@ -14,14 +14,13 @@ from conftest import checkpoint_of
 
 import eval as evaluation
 import train
-from benchmarks import evaluate_lambada
+from benchmarks import Document, evaluate_lambada
 from eval import EvalSettings
 from kit.files import InputError
 from kit.text import load_tokenizer
 from kit.tokens import load_tokens
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import ContextBlock, effective_rank, settled_share
-from prep import Document
 from pythia_base import PythiaConfig, PythiaModel
 from train import LMSettings
 

