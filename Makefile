@@ -16,14 +16,10 @@ export MALLOC_TRIM_THRESHOLD_ = 4294967296
 run: .venv/installed
 	$(BIN)/python prep.py
 	$(BIN)/python train.py config/mla_kv128.py config/laptop.py
-	$(MAKE) out/compare/results.json
 	$(BIN)/python sample.py out/mla_kv128-laptop --prompt="The history of"
 
 compare: .venv/installed
 	$(BIN)/python -m tools.compare --size=$(SIZE) --seeds=$(SEEDS)
-
-out/compare/results.json: out/mla_kv128-laptop/summary.json
-	$(BIN)/python eval.py out/mla_kv128-laptop
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -31,7 +27,7 @@ test: .venv/installed-dev
 	$(BIN)/pytest -n 2
 
 stress: .venv/installed-dev
-	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/test_crash.py tests/commands/test_compare.py tests/test_soak.py tests/test_models.py
+	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/damage tests/commands/test_compare.py tests/equations/test_models.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

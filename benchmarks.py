@@ -24,11 +24,10 @@ import torch
 import zstandard
 from tqdm import tqdm
 
+from kit.fast import safe_exp, score_tokens
 from kit.files import InputError, one_line
-from kit.text import Tokenizer, hub_revision, normalize_nfc, require_whole_zst
-from kit.tokens import TokenFile
+from kit.text import Tokenizer, hub_revision, require_whole_zst
 from prep import HubSet, stream_hub
-from pythia_base import safe_exp, score_tokens
 
 HUB_TEXTS = {
     "EleutherAI/wikitext_document_level": HubSet(
@@ -39,9 +38,7 @@ HUB_TEXTS = {
     "NeelNanda/pile-10k": HubSet("NeelNanda/pile-10k", "default", "train", documents=10_000),
 }
 TEXT_TASKS = {"wikitext": "wikitext", "lambada": "lambada", "pile": "pile_test"}  # task -> its setting
-GRAM = 13  # words in a row that two texts share by chance about never (Brown et al. 2020, arXiv 2005.14165, appendix C)
-GRAM_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any large odd number
-CHUNK_TOKENS = 1_000_000  # of the training text that are searched at a time
+
 
 # --------------------------------------------------------------------------------------------- where they come from
 
@@ -296,48 +293,3 @@ def text_figures(columns: dict[str, np.ndarray]) -> dict[str, float]:
         "documents": len(columns["loss"]),
         "tokens": tokens,
     }
-
-
-# ------------------------------------------------------------------------------- are they in the training text?
-
-
-def find_overlap(data: TokenFile, tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, dict[str, int]]:
-    """How many documents of each set of texts share a run of 13 words with the training text, or stand in it whole.
-
-    Words are compared without case and punctuation. The training text is streamed; what is held in memory is a number
-    for each run of 13 words of the documents.
-    """
-    grams = {name: [word_grams(normalize_nfc(text)) for text in found] for name, found in texts.items()}
-    wanted = np.unique(np.concatenate([gram for found in grams.values() for gram in found]))
-    seen = np.zeros(len(wanted), bool)
-    for text in training_text(data, tokenizer):
-        seen |= np.isin(wanted, word_grams(text))
-    counts = {}
-    for name, found in grams.items():
-        shared = [seen[np.searchsorted(wanted, gram)] for gram in found]
-        counts[name] = {
-            "documents": len(found),
-            "too_short": sum(len(gram) == 0 for gram in found),
-            "sharing_13_words": sum(bool(hits.any()) for hits in shared),
-            "in_training_text": sum(bool(len(hits) and hits.all()) for hits in shared),
-        }
-    return counts
-
-
-def training_text(data: TokenFile, tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of a token file, some whole documents at a time."""
-    starts = data.doc_index["start"]
-    firsts = starts[np.unique(starts // CHUNK_TOKENS, return_index=True)[1]]
-    with tqdm(desc="overlap", total=len(data.tokens), unit="tok", unit_scale=True, leave=False, mininterval=1) as bar:
-        for start, end in itertools.pairwise([*firsts.tolist(), len(data.tokens)]):
-            yield tokenizer.decode(data.tokens[start:end].tolist())
-            bar.update(end - start)
-
-
-def word_grams(text: str) -> npt.NDArray[np.uint64]:
-    """A number for each run of 13 words: a polynomial of the words' hashes, modulo 2^64."""
-    words = np.array([hash(word) for word in re.findall(r"\w+", text.lower())], np.int64).view(np.uint64)
-    grams = np.zeros(max(len(words) - GRAM + 1, 0), np.uint64)
-    for k in range(GRAM if len(grams) else 0):
-        grams = grams * GRAM_FACTOR + words[k : k + len(grams)]
-    return grams

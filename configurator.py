@@ -1,4 +1,4 @@
-"""Settings: config files, then --key=value overrides -> typed, checked settings. And the one table of models.
+"""Settings: config files, then --key=value -> typed, checked settings. And the one table of models.
 
     python train.py config/mla_kv128.py config/laptop.py --max_iters=500
                     |                   |                \\_ overrides, the last word
@@ -11,17 +11,18 @@ line in --help. Bad input raises InputError; run() turns it into one line and ex
 """
 
 import ast
-import dataclasses
 import difflib
 import inspect
 import re
 import sys
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from types import ModuleType
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kit.files import InputError, one_line
 from kit.runs import read_checkpoint
@@ -39,20 +40,15 @@ MODELS: dict[str, tuple[type, type]] = {
     "infini": (InfiniConfig, InfiniPythiaModel),
     "cascade": (CascadeConfig, CascadeContextLLM),
 }
+WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
+HELP = {"--help", "-h"}
 
 S = TypeVar("S")
-WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
+
+sys.set_int_max_str_digits(0)  # a number of 5,000 digits is refused in a line that shows it, like any other
 
 
-def check_range(settings: object, lowest: float, *names: str) -> None:
-    """Raises InputError if a named setting is below lowest, not finite, or too large for torch; None is left alone."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not lowest <= value < 2**63:
-            raise InputError(f"{name}={value} has to be " + ("below 2^63" if value > lowest else f"at least {lowest}"))
-
-
-# ---------------------------------------------------------------------------------- from the command line to settings
+# ------------------------------------------------------------------------------------------------- command lines
 
 
 @dataclass(frozen=True)
@@ -67,57 +63,42 @@ class Job:
 
 
 def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
-    """train.py's command line: layers, then the experiment that picks model and phase, then overrides.
+    """train.py's command line: layers, over them the experiment that picks model or phase, over both --key=value.
 
     phases has the settings dataclass of each phase.
     """
-    if wants_help(argv):
-        configs = [config_class for config_class, _ in MODELS.values()]
+    configs = [config_class for config_class, _ in MODELS.values()]
+    if HELP & set(argv):
         print_help("python train.py [config files] [--key=value ...]", *phases.values(), *configs)
-    paths, overrides = split_arguments(argv)
+    paths, typed = split_arguments(argv)
     files = {path: read_config(path) for path in paths}
     layers = [path for path, keys in files.items() if not keys.keys() & {"model", "phase"}]
     layered = merge(files[path] for path in layers)
     own = merge(keys for path, keys in files.items() if path not in layers)
-    values = layered | own | overrides
-    settings_class: type = phases[pick(values, "phase", "lm", phases)]
-    config_class, _ = MODELS[pick(values, "model", "pythia", MODELS)]
+    values: dict[str, Any] = {"model": "pythia", "phase": "lm"} | layered | own | typed
+    model = check("model", values["model"], Literal[tuple(MODELS)])
+    phase = check("phase", values["phase"], Literal[tuple(phases)])
+    settings_class, config_class = phases[phase], MODELS[model][0]
 
     valid = [*names(settings_class), *names(config_class)]
-    known = {name for cls in [*phases.values(), *(config for config, _ in MODELS.values())] for name in names(cls)}
-    for where, keys in [*files.items(), ("the command line", overrides)]:
+    known = sorted({name for cls in [*phases.values(), *configs] for name in names(cls)})
+    for where, keys in {**files, "the command line": typed}.items():
         for key in keys:
             if key not in known:
-                raise InputError(unknown_key(key, where, valid, sorted(known)))
+                raise InputError(unknown_key(key, where, valid, known))
             if key not in valid and where not in layers:
-                model, phase = values.get("model", "pythia"), values.get("phase", "lm")
                 raise InputError(f"{where}: {key!r} is no setting of model={model!r}, phase={phase!r}, but of others")
     others = [key for key in layered if key not in valid]
     passed_over = [f"{', '.join(others)} (not of this model and phase)"] if others else []
-    lost = [key for key in layered if key in own.keys() - overrides.keys() and layered[key] != own[key]]
+    lost = [key for key in layered if key in own.keys() - typed.keys() and layered[key] != own[key]]
     passed_over += [f"{key} (the experiment's {own[key]!r} stays)" for key in lost]
-    settings: Any = make(settings_class, values)
-    parent = ""
+
+    settings, parent = make(settings_class, values), ""
     if settings.init_from.endswith(".py"):
         parent = " ".join(["python train.py", settings.init_from, *layers])
-        settings = dataclasses.replace(settings, init_from=f"out/{run_name([settings.init_from, *layers])}")
-    return Job(
-        settings=settings,
-        model_config=make(config_class, divide_widths(config_class, values, settings.width_divisor)),
-        name=run_name(paths) or "pythia",
-        parent=parent,
-        passed_over=passed_over,
-    )
-
-
-def merge(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """All keys; of one that several have, the last one's value."""
-    return {key: value for keys in dicts for key, value in keys.items()}
-
-
-def run_name(paths: list[str]) -> str:
-    """The names of config files, joined by hyphens."""
-    return "-".join(Path(path).stem for path in paths)
+        settings = replace(settings, init_from=f"out/{run_name([settings.init_from, *layers])}")
+    model_config: Any = make(config_class, values, settings.width_divisor)
+    return Job(settings, model_config, run_name(paths) or "pythia", parent, passed_over)
 
 
 def parse_settings(settings_class: type[S], argv: list[str], takes: str = "") -> tuple[S, list[str]]:
@@ -125,7 +106,7 @@ def parse_settings(settings_class: type[S], argv: list[str], takes: str = "") ->
 
     takes says in --help what these are; a script without takes none.
     """
-    if wants_help(argv):
+    if HELP & set(argv):
         print_help(" ".join(["python", sys.argv[0], *takes.split(), "[--key=value ...]"]), settings_class)
     arguments, values = split_arguments(argv)
     if arguments and not takes:
@@ -134,6 +115,10 @@ def parse_settings(settings_class: type[S], argv: list[str], takes: str = "") ->
         if key not in names(settings_class):
             raise InputError(unknown_key(key, "the command line", names(settings_class)))
     return make(settings_class, values), arguments
+
+
+class Text(str):
+    """A value as it was typed, not yet of the setting's type."""
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -146,10 +131,6 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         elif argument.startswith("-"):
             raise InputError(f"{argument!r} is no option: options are written --key=value")
     return [a for a in argv if not a.startswith("-")], options
-
-
-class Text(str):
-    """A value as it was typed, not yet of the setting's type."""
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -165,15 +146,20 @@ def read_config(path: str) -> dict[str, Any]:
         raise InputError(f"{path}, line {error.lineno}: not valid Python ({error.msg})") from None
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
         raise InputError(f"{path} does not run: {type(error).__name__}: {one_line(error)}") from None
-    return {k: v for k, v in values.items() if not k.startswith("__") and not isinstance(v, types.ModuleType)}
+    return {k: v for k, v in values.items() if not k.startswith("__") and not isinstance(v, ModuleType)}
 
 
-def pick(values: dict[str, Any], key: str, default: str, table: dict[str, Any]) -> str:
-    """The row of a table that a key names."""
-    name = values.get(key, default)
-    if name not in list(table):  # a list compares, and a config file may assign what has no hash
-        raise InputError(f"{key}={name!r} is not one of {', '.join(table)}")
-    return str(name)
+def run_name(paths: list[str]) -> str:
+    """The names of config files, joined by hyphens."""
+    return "-".join(Path(path).stem for path in paths)
+
+
+def merge(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """All keys; of one that several have, the last one's value."""
+    return {key: value for keys in dicts for key, value in keys.items()}
+
+
+# ------------------------------------------------------------------------------------------------- keys and values
 
 
 def names(cls: type) -> list[str]:
@@ -182,88 +168,56 @@ def names(cls: type) -> list[str]:
 
 
 def unknown_key(key: str, where: str, *keys: list[str]) -> str:
-    """The message about a key that nothing has, with the nearest of the first keys that are near."""
+    """The message about a key that nothing has, with the nearest one of the first keys that have one."""
     near = next(filter(None, (difflib.get_close_matches(key, some, 1) for some in keys)), None)
     return f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys")
 
 
-def make(cls: type[S], values: dict[str, Any]) -> S:
-    """Build a settings dataclass from those of the values that it has fields for, each checked against its type."""
-    hints = typing.get_type_hints(cls)
-    checked = {key: convert(key, values[key], hints[key]) for key in names(cls) if key in values}
+def make(cls: type[S], values: dict[str, Any], divisor: int = 1) -> S:
+    """A settings dataclass from those of the values that it has fields for, checked, its widths divided.
+
+    Raises InputError if a value is of another type or out of range, or a width is no multiple of the divisor.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    checked = {key: check(key, values[key], hints[key]) for key in names(cls) if key in values}
+    for key in WIDTHS if divisor > 1 else ():
+        if key in hints:
+            width = checked.get(key, getattr(cls, key))
+            if width % divisor:
+                raise InputError(f"width_divisor={divisor} does not divide {key}={width}")
+            checked[key] = width // divisor
     try:
         return cls(**checked)
     except (ValueError, OverflowError) as error:
         raise InputError(one_line(error)) from None
 
 
-def convert(key: str, value: Any, hint: Any) -> Any:
-    """A value as typed or assigned -> the field's type. Raises InputError if it is of another."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    literal = parse_text(value, options) if isinstance(value, Text) else value
-    if isinstance(literal, str) and re.search("[\0\ud800-\udfff]", literal):
-        raise InputError(f"{key}={str(literal)!r} holds a character that no file name and no text can hold")
-    for option in options:
-        if option is float and type(literal) is int and abs(literal) <= sys.float_info.max:
-            return float(literal)
-        if option is int and type(literal) is int and abs(literal) >= 2**63:
-            raise InputError(f"{key}={shorten(literal)} has to be below 2^63")
-        if typing.get_origin(option) is Literal and literal in typing.get_args(option):
-            return literal
-        if typing.get_origin(option) in (list, tuple) and isinstance(literal, list | tuple):
-            return [convert(key, item, typing.get_args(option)[0]) for item in literal]
-        if option in (type(literal), None):
-            return literal
-    raise InputError(f"{key}={shorten(value)} has to be {type_name(hint)}")
+def check(key: str, value: Any, hint: Any) -> Any:
+    """A value as typed or assigned -> the setting's type. Raises InputError if it does not fit."""
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
+    for reading in readings(value) if isinstance(value, Text) else [value]:
+        if isinstance(reading, int) and abs(reading) >= 2**63:
+            reason = "below 2^63"
+        elif isinstance(reading, str) and re.search("[\0\ud800-\udfff]", reading):
+            reason = "of characters that a file name and a text can hold"
+        else:
+            try:
+                return adapter.validate_python(reading, strict=not isinstance(reading, list | tuple))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Input should be ")
+    shown = repr(reading)
+    shown = shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
+    raise InputError(f"{key}={shown} has to be {reason}")
 
 
-def shorten(value: Any) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
-def parse_text(text: Text, options: tuple[Any, ...]) -> Any:
-    """What was typed -> a Python value; where the setting is a string, all but None is taken as it stands."""
-    try:
-        literal = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        literal = {"true": True, "false": False, "none": None}.get(text.lower(), str(text))
-    if literal is None and type(None) in options:
-        return None
-    is_string = any(option is str or typing.get_origin(option) is Literal for option in options)
-    return str(text) if is_string else literal
-
-
-def type_name(hint: Any) -> str:
-    """A type as --help prints it: int, float or None, one of 'a', 'b'."""
-    if isinstance(hint, types.UnionType):
-        return " or ".join(type_name(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) in (list, tuple):
-        return f"a list of {type_name(typing.get_args(hint)[0])}"
-    return "None" if hint is type(None) else hint.__name__
-
-
-def divide_widths(config_class: type, values: dict[str, Any], divisor: int) -> dict[str, Any]:
-    """The model's settings with every width divided. Raises InputError where a width is no multiple of the divisor."""
-    divided = dict(values)
-    hints = typing.get_type_hints(config_class)
-    for field in fields(config_class):
-        if field.name in WIDTHS and divisor > 1:
-            width = convert(field.name, values.get(field.name, field.default), hints[field.name])
-            if width % divisor:
-                raise InputError(f"width_divisor={divisor} does not divide {field.name}={width}")
-            divided[field.name] = width // divisor
-    return divided
-
-
-# ------------------------------------------------------------------------------------------------------------- help
-
-
-def wants_help(argv: list[str]) -> bool:
-    return "--help" in argv or "-h" in argv
+def readings(text: str) -> Iterator[Any]:
+    """What was typed may stand for: None, the text itself, a Python value; the first that fits is taken."""
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() == "none":
+        yield None
+    yield str(text)
+    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        yield words[text.lower()] if text.lower() in words else ast.literal_eval(text)
 
 
 def print_help(usage: str, *classes: type) -> NoReturn:
@@ -271,23 +225,20 @@ def print_help(usage: str, *classes: type) -> NoReturn:
     print(f"usage: {usage}")
     shown: set[str] = set()
     for cls in classes:
-        hints, comments = typing.get_type_hints(cls), field_comments(cls)
-        own = [f for f in fields(cls) if f.init and f.name not in shown]
+        lines, own = field_lines(cls), [f for f in fields(cls) if f.init and f.name not in shown]
         if own:
             print(f"\n{(cls.__doc__ or '').splitlines()[0]}  [{cls.__name__}]")
         for field in own:
-            print(f"  --{field.name}={field.default!r} ({type_name(hints[field.name])})\n      {comments[field.name]}")
+            print("  --{}={!r} ({})\n      {}".format(field.name, field.default, *lines[field.name]))
             shown.add(field.name)
     sys.exit(0)
 
 
-def field_comments(cls: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass, those of its bases included."""
-    comments: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
-    return comments
+def field_lines(cls: type) -> dict[str, tuple[str, str]]:
+    """Type and comment of each field of a dataclass, as they stand in its source and in that of its bases."""
+    sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if is_dataclass(base)]
+    found = re.findall(r"^    (\w+): (.*?) = .*?  # (.*)$", "\n".join(sources), re.MULTILINE)
+    return {name: (hint, comment) for name, hint, comment in found}
 
 
 # ----------------------------------------------------------------------------- models from settings and from runs

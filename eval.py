@@ -22,20 +22,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import Document, Unavailable, detokenize, evaluate_benchmarks, find_overlap, load_texts
-from configurator import baseline_config, build_model, check_range, load_source, parse_settings
+from benchmarks import Document, Unavailable, evaluate_benchmarks, load_texts
+from configurator import baseline_config, build_model, load_source, parse_settings
 from kit.contexts import exact_contexts
+from kit.fast import safe_exp, score_tokens
 from kit.files import InputError, make_folder, run
-from kit.report import AFTER_FIRST, format_comparison, format_table, overlap_table, write_report
+from kit.report import AFTER_FIRST, format_comparison, format_table, write_report
 from kit.runs import pick_device
 from kit.text import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer
 from kit.tokens import TokenFile, document_bounds, load_tokens
 from model_context import effective_rank, settled_share
 from prep import PrepSettings
-from pythia_base import safe_exp, score_tokens, stream_tokens
+from pythia_base import stream_tokens
 
 TASKS = ("val", "reversal", "wikitext", "lambada", "pile", "long", "cache", "speed")
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
@@ -70,21 +72,16 @@ class EvalSettings:
     wikitext: str = "EleutherAI/wikitext_document_level"  # or a .jsonl file with a 'page' a line, or wiki.test.raw
     lambada: str = "EleutherAI/lambada_openai"  # or a .jsonl file with a 'text' a line
     pile_test: str = "monology/pile-uncopyrighted"  # or a .jsonl(.zst) file: 'text', and its subset as in the Pile
-    pile_documents: int | None = 1000  # of the Pile's test set, from its start; None: all
+    pile_documents: PositiveInt | None = 1000  # of the Pile's test set, from its start; None: all
     data_dir: str = "data"  # where the token files are
     dataset: str | None = None  # score on this dataset; None: the one that the first run was trained on
-    block_size: int | None = None  # tokens per window, of every task; None: the smallest that a run was trained with
-    batch_size: int = 8  # windows at a time
+    block_size: PositiveInt | None = None  # tokens per window, of every task; None: the smallest of the runs' training
+    batch_size: PositiveInt = 8  # windows at a time
     out_dir: str = "out/compare"  # where report.md, its pictures and results.json go
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
     allow_untrained: bool = False  # score a model that was never trained
-    overlap: bool = True  # look for the evaluation texts in the training text of each run
     verify: bool = False  # score EleutherAI/pythia-70m, or the folder named, and compare with published figures
-    tolerance: float = 0.01  # how far, relatively, --verify lets a figure be from the published one
-
-    def __post_init__(self) -> None:
-        check_range(self, 1, "block_size", "batch_size", "pile_documents")
-        check_range(self, 0, "tolerance")
+    tolerance: NonNegativeFloat = 0.01  # how far, relatively, --verify lets a figure be from the published one
 
 
 def ppl_meaning(ppl: float) -> str:
@@ -265,7 +262,7 @@ def evaluate_reversal_curse(
 
     (Berglund et al. 2023, arXiv 2309.12288.) PPL = exp(mean over sentences of the mean token loss), every token scored
     after a leading end-of-text token. ratio = forward / backward (nearer 1 is better), gap = backward - forward (nearer
-    0 is better). The answer figures score the answer's tokens alone: the B of "A is B", the A of "B is A".
+    0 is better). The answer figures score the answer's tokens alone: the B of "A is B.", the A of "B is A.".
     """
     forward, forward_answer = sentence_ppl(model, tokenizer, [(p.forward, p.forward_answer) for p in pairs], device)
     backward, backward_answer = sentence_ppl(model, tokenizer, [(p.backward, p.backward_answer) for p in pairs], device)
@@ -285,9 +282,9 @@ def evaluate_reversal_curse(
 def sentence_ppl(
     model: Any, tokenizer: Tokenizer, sentences: list[tuple[str, str]], device: torch.device
 ) -> tuple[float, float]:
-    """PPL of whole sentences and of their answers alone, for (sentence, answer it ends with) pairs."""
+    """PPL of whole sentences and of their answers alone, for (sentence, answer before its full stop) pairs."""
     ids = [tokenizer.encode(sentence) for sentence, _ in sentences]
-    starts = [len(tokenizer.encode(s[: s.rindex(answer)].rstrip())) for s, answer in sentences]
+    spans = [answer_span(tokenizer, *sentence) for sentence in sentences]
     longest = max(map(len, ids))
     idx = torch.zeros(len(ids), longest, dtype=torch.long)  # rows are padded on the right, which nothing before sees
     targets = torch.full((len(ids), longest), -100)
@@ -295,11 +292,19 @@ def sentence_ppl(
         idx[row, : len(sentence)] = torch.tensor([tokenizer.end_of_text, *sentence[:-1]])
         targets[row, : len(sentence)] = torch.tensor(sentence)
     scored = targets != -100
-    answers = scored & (torch.arange(longest) >= torch.tensor(starts)[:, None])
+    starts, ends = torch.tensor(spans)[..., None].unbind(1)
+    answers = (torch.arange(longest) >= starts) & (torch.arange(longest) < ends)
     losses, _ = score_tokens(model.hidden_states(idx.to(device)), model.head_weight, targets.to(device))
     losses = losses.cpu().double()
     means = [(torch.where(mask, losses, 0).sum(1) / mask.sum(1)).mean().item() for mask in (scored, answers)]
     return safe_exp(means[0]), safe_exp(means[1])
+
+
+def answer_span(tokenizer: Tokenizer, sentence: str, answer: str) -> tuple[int, int]:
+    """(start, end) of the tokens of a sentence's answer: the blank before it is theirs, the full stop behind it not."""
+    start = sentence.rindex(answer)
+    before, through = sentence[:start].rstrip(), sentence[: start + len(answer)]
+    return len(tokenizer.encode(before)), len(tokenizer.encode(through))
 
 
 # ------------------------------------------------------------------------------------------------------ the cache
@@ -370,7 +375,7 @@ def now(device: torch.device) -> float:
 
 def count_parameters(model: Any) -> dict[str, int]:
     """Parameters in all, those that training changes, and those of the embedding tables."""
-    tables = [p for p in model.parameters() if p.size(0) == model.config.vocab_size]
+    tables = [p for p in model.parameters() if p.dim() == 2 and len(p) == model.config.vocab_size]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -436,6 +441,8 @@ def open_runs(sources: list[str], allow_untrained: bool) -> list[tuple[str, Any,
         untrained = checkpoint and (checkpoint["iter_num"] == 0 or checkpoint["config"]["phase"] == "phase1")
         if untrained and not allow_untrained:
             raise InputError(f"{source} was never trained on text; --allow_untrained scores it all the same")
+        if checkpoint and checkpoint["config"]["phase"] == "phase2":
+            model.freeze_for_phase2()  # what is counted as trainable is what was trained
         runs.append((source, model, checkpoint or {}))
     return runs
 
@@ -510,52 +517,6 @@ def training_differences(rows: list[dict[str, Any]]) -> list[str]:
     return [f"not trained on the same tokens: {differences}"]
 
 
-def search_overlap(
-    settings: EvalSettings,
-    runs: list[tuple[str, Any, dict[str, Any]]],
-    texts: Mapping[str, list[Document] | Unavailable],
-    val: TokenFile,
-) -> list[dict[str, Any]]:
-    """For each run, what find_overlap counts in its training data, or why it could not be counted."""
-    tokenizer = load_tokenizer(val.meta["tokenizer"], settings.data_dir)
-    bounds = zip(*document_bounds(val), strict=True)
-    documents = {"val": [tokenizer.decode(val.tokens[start + 1 : end].tolist()) for start, end in bounds]}
-    for task, found in texts.items():
-        if not isinstance(found, Unavailable):
-            documents[task] = [detokenize(text) if task == "wikitext" else text for text, _ in found]
-    counted: dict[str, dict[str, Any]] = {}  # by the digest of the training data
-    results: list[dict[str, Any]] = []
-    for _, _, checkpoint in runs:
-        if not checkpoint:
-            results.append({"not_measured": "its training text is not known"})
-            continue
-        folder, digest = Path(settings.data_dir, checkpoint["config"]["dataset"]), checkpoint["data"]["train_sha256"]
-        if digest not in counted:
-            counted[digest] = overlap_with(folder, digest, tokenizer, documents)
-        results.append(counted[digest])
-    return results
-
-
-def overlap_with(folder: Path, digest: str, tokenizer: Tokenizer, documents: dict[str, list[str]]) -> dict[str, Any]:
-    try:
-        train = load_tokens(folder, "train")
-    except InputError as error:
-        return {"not_measured": str(error)}
-    if train.digest != digest:
-        return {"not_measured": f"{folder} holds other text now"}
-    return find_overlap(train, tokenizer, documents)
-
-
-def overlap_warnings(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each set of texts of which whole documents stand in a row's training text."""
-    return [
-        f"{counts['in_training_text']:,} documents of {name} stand in the training text of {row['run']}"
-        for row in rows
-        for name, counts in row["overlap"].items()
-        if name != "not_measured" and counts["in_training_text"]
-    ]
-
-
 def verify(settings: EvalSettings, source: str) -> bool:
     """Hold a model's figures against those published for pythia-70m, and print both; whether all are within tolerance.
 
@@ -594,12 +555,6 @@ def main() -> None:
     texts = load_texts(settings, tasks)
     results = [about(*each) for each in runs]
     warnings = training_differences(results)
-    if settings.overlap:
-        for row, counts in zip(results, search_overlap(settings, runs, texts, load_tokens(folder, "val")), strict=True):
-            row["overlap"] = counts
-        warnings += overlap_warnings(results)
-        different = {str(row["overlap"]): row for row in reversed(results)}
-        print(format_table(*overlap_table(list(different.values())[::-1])) + "\n")
     for row, (source, model, checkpoint) in zip(results, runs, strict=True):
         print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
         row |= evaluate_model(

@@ -20,9 +20,7 @@ The table is GPT-2's (Radford et al. 2019) or that of a trained run. Phase 1 tra
 TokenBlock; both leave the table as it is, and since the output is tied to it, no output matrix is trained or stored.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,18 +28,38 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_context import ContextBlock, ContextCache, init_context_linear
+from kit.fast import head_loss
+from kit.show import say, show
+from kit.weights import require_known_source, take_over
+from model_context import ContextBlock, ContextCache, init_context_linear, reference_contexts
 from pythia_base import (
     Cache,
-    download_checkpoint,
-    logits_and_loss,
-    read_weights,
-    require_known_source,
+    PythiaConfig,
+    PythiaModel,
+    in_float64,
     require_positive,
     small_init_std,
     stream_tokens,
-    take_over,
 )
+
+# ------------------------------------------------------------------- the equations, as plain loops in float64
+
+
+def reference(model: "CascadeContextLLM", idx: Tensor) -> Tensor:
+    """What the model has to give: idx (B, T) -> logits (B, T, V)."""
+    model = in_float64(model)
+    block, logits = model.token_block, []
+    for row in idx:
+        embeddings = model.embed_in.weight[row]  # (T, C), as phase 1 read them
+        c = torch.cat([reference_contexts(b, embeddings) for b in model.context_blocks], dim=-1)  # (T, N E)
+        for c_t, token in zip(c, row, strict=True):
+            e_t = block.embed_norm(model.token_weight[token])
+            x_t = block.norm(e_t + F.gelu(block.linear.weight @ torch.cat([c_t, e_t]) + block.linear.bias))
+            logits.append(model.head_weight @ x_t)
+    return torch.stack(logits).view(*idx.shape, -1)
+
+
+# ------------------------------------------------------------------------------------------------------ the module
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,8 @@ class CascadeConfig:
     layer_norm_eps: float = 1e-5  # epsilon of every LayerNorm
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "context_dim", "num_context_blocks", "num_layers_per_block")
-        for name in (*sizes, "max_position_embeddings"):
-            require_positive(self, name)
+        require_positive(self, "vocab_size", "hidden_size", "context_dim", "num_context_blocks", "num_layers_per_block")
+        require_positive(self, "max_position_embeddings")
 
 
 class TokenBlock(nn.Module):
@@ -155,14 +172,13 @@ class CascadeContextLLM(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         cache: Cache | None = None,
-        return_logits: bool = True,
         contexts: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V), and the mean cross entropy if there are targets (B, T), -100 left out.
-
-        return_logits=False (training) returns None for the logits, and never holds them.
-        """
-        return logits_and_loss(self.hidden_states(idx, cache, contexts), self.head_weight, targets, return_logits)
+        """Token ids (B, T) -> logits (B, T, V) and None; with targets (B, T), -100 left out, None and their loss."""
+        h = self.hidden_states(idx, cache, contexts)
+        if targets is None:
+            return F.linear(h, self.head_weight), None
+        return None, head_loss(h, self.head_weight, targets)
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """The contexts of the last position: as many numbers for any max_len."""
@@ -184,21 +200,13 @@ class CascadeContextLLM(nn.Module):
 
         Raises ValueError if their embeddings differ in shape, or the source is neither a cascade nor the baseline.
         """
-        require_known_source(self, source)
+        require_known_source(self, source, baseline=PythiaModel)
         starts_copy = not self.config.freeze_embedding and not hasattr(source, "embed_token")
         return take_over(self, source, {"embed_token.weight": source.embed_in.weight} if starts_copy else {})
 
 
-def read_gpt2_table(name_or_folder: str) -> Tensor:
-    """The token embedding (V, C) of a Hugging Face GPT-2 checkpoint: a hub id such as gpt2, or a local folder.
-
-    Raises FileNotFoundError if there is no such checkpoint, ValueError if it is another architecture.
-    """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        folder = download_checkpoint(name_or_folder)
-    config, state = json.loads((folder / "config.json").read_text(encoding="utf-8")), read_weights(folder)
-    names = [name for name in ("transformer.wte.weight", "wte.weight") if name in state]  # with or without its head
-    if config.get("model_type") != "gpt2" or not names:
-        raise ValueError(f"{folder} holds no GPT-2, but model_type={config.get('model_type')!r}")
-    return state[names[0]]
+if __name__ == "__main__":
+    model = CascadeContextLLM(CascadeConfig())
+    show(model, reference, PythiaModel(PythiaConfig(hidden_size=768, num_heads=12)), str(__doc__))
+    for length in (100, 10_000, 1_000_000):
+        say(f"state after {length:,} tokens", f"{model.init_cache(1, length).nbytes:,} bytes")

@@ -25,7 +25,7 @@ replaced, plus at most 993 x 256 (1,016,832 bytes in float32).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,14 +34,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import pythia_base
+from kit.show import say, show, text_ids
+from kit.weights import fused_parts
 from pythia_base import (
+    Attention,
     Cache,
     PythiaConfig,
     PythiaModel,
-    RotaryEmbedding,
     causal_attention,
+    in_float64,
     merge_heads,
+    reference_rope,
     require_positive,
+    rotate,
     small_init_std,
     split_heads,
 )
@@ -56,6 +62,61 @@ SETTLING_BATCH = 5_000  # tokens of these passes on the device at a time
 RANK_ROWS = 10_000  # rows that exist in float64 at a time while the effective rank is computed
 
 Init = Literal["normal", "xavier", "kaiming"]
+
+
+# ------------------------------------------------------------------- the equations, as plain loops in float64
+
+
+def reference(model: "ContextModel", idx: Tensor) -> Tensor:
+    """What both models have to give: idx (B, T) -> logits (B, T, V)."""
+    model = in_float64(model)
+    logits = []
+    for row in idx:
+        embeddings = model.embed_in.weight[row]  # (T, C)
+        c = reference_contexts(model.context_block, embeddings)  # (T, E)
+        h = c @ model.W_in.weight.T if isinstance(model, ContextPythiaModel) else embeddings
+        for layer in model.layers:
+            x, a = layer.input_layernorm(h), layer.attention
+            reads_contexts = isinstance(a, ContextAttention)
+            attended = reference_attention(a, x, c) if reads_contexts else pythia_base.reference_attention(a, x)
+            h = h + attended + layer.mlp(layer.post_attention_layernorm(h))
+        logits.append(model.final_layer_norm(h) @ model.head_weight.T)
+    return torch.stack(logits)
+
+
+def reference_contexts(block: "ContextBlock", embeddings: Tensor) -> Tensor:
+    """embeddings (T, C) -> contexts (T, E), token after token."""
+    c, contexts = embeddings.new_zeros(block.context_dim), []
+    for embedding in embeddings:
+        e = block.embed_norm(embedding)
+        for linear, norm in zip(block.linears, block.norms, strict=True):
+            delta = F.gelu(linear.weight @ torch.cat([c, e]) + linear.bias)
+            c = norm(c + delta)
+        contexts.append(c)
+    return torch.stack(contexts)
+
+
+def reference_attention(a: "ContextAttention", x: Tensor, c: Tensor) -> Tensor:
+    """x (T, C), contexts c (T, E) -> (T, C): head by head and query by query, over the contexts that it sees."""
+    config, D, at_intervals = a.config, a.config.head_size, isinstance(a, IntervalAttention)
+    heads = []
+    for h in range(config.num_heads):
+        rows = slice(D * h, D * (h + 1))
+        q = x @ a.W_Q.weight[rows].T + a.W_Q.bias[rows]
+        k, v = c @ a.W_K.weight[rows].T, c @ a.W_V.weight[rows].T
+        if not at_intervals:
+            q, k = (torch.stack([reference_rope(y[t], t, config) for t in range(len(x))]) for y in (q, k))
+        outputs = []
+        for i in range(len(x)):
+            seen = list(range(i + 1))
+            if at_intervals:  # i, i - 32, i - 64, ...: max_contexts of them at most
+                seen = list(range(i, -1, -config.context_interval))[: config.max_contexts]
+            outputs.append((k[seen] @ q[i] / math.sqrt(D)).softmax(0) @ v[seen])
+        heads.append(torch.stack(outputs))
+    return torch.cat(heads, dim=-1) @ a.dense.weight.T + a.dense.bias
+
+
+# -------------------------------------------------------------------------------------------------- the settings
 
 
 @dataclass(frozen=True)
@@ -293,93 +354,29 @@ class ContextCache:
         self.contexts[:, positions % self.contexts.size(1)] = kept.to(self.contexts.dtype)
 
 
-def make_context_block(config: ContextPythiaConfig) -> ContextBlock:
-    return ContextBlock(
-        config.hidden_size, config.context_dim, 1, config.layer_norm_eps, config.init, config.embed_norm
-    )
-
-
-def query_weights(source: PythiaModel, layers: Iterable[int]) -> dict[str, Tensor]:
-    """The query rows of a baseline's fused projections, named as this file's attentions name them."""
-    weights, converted = source.state_dict(), {}
-    for i in layers:
-        for part in ("weight", "bias"):
-            fused = weights.get(f"layers.{i}.attention.query_key_value.{part}")  # (H 3 D, C) or (H 3 D)
-            if fused is not None:
-                heads = fused.unflatten(0, (source.config.num_heads, 3, -1))
-                converted[f"layers.{i}.attention.W_Q.{part}"] = heads[:, 0].flatten(0, 1)
-    return converted
-
-
-# ------------------------------------------------------------------------------------------------- Context-Pythia
-
-
-class ContextAttention(nn.Module):
-    """Causal attention with RoPE whose keys and values are linear maps of the contexts.
-
-    Expanded for training and long prompts; absorbed for decoding, where only the rotated dimensions of the keys are
-    rebuilt. The two are equal.
-    """
+class ContextAttention(Attention):
+    """Queries from the tokens; keys and values are linear maps of contexts, which stand where a cache would."""
 
     def __init__(self, config: ContextPythiaConfig) -> None:
         super().__init__()
         C, E = config.hidden_size, config.context_dim
-        self.config = config
+        self.config: Any = config
         self.W_Q = nn.Linear(C, C)
         self.W_K = nn.Linear(E, C, bias=False)
         self.W_V = nn.Linear(E, C, bias=False)
         self.dense = nn.Linear(C, C)
-        self.rotary = RotaryEmbedding(config)
-
-    def forward(self, x: Tensor, contexts: Tensor) -> Tensor:
-        """x (B, T, C) of the last T of the P positions whose contexts (B, P, E) are given -> (B, T, C)."""
-        T, P = x.size(1), contexts.size(1)
-        q = self.rotary(split_heads(self.W_Q(x), self.config.num_heads), P - T)  # (B, H, T, D)
-        attend = self.absorbed if T < P and self.absorbing_is_cheaper(T) else self.expanded
-        return self.dense(merge_heads(attend(q, contexts)))
-
-    def absorbing_is_cheaper(self, T: int) -> bool:
-        """Per layer, absorbing costs P E (H R) + T P H (2 E) products, expanding P E (2 H D) + T P H (2 D)."""
-        E, D, R = self.config.context_dim, self.config.head_size, self.config.rotary_size
-        return 2 * T * (E - D) < E * (2 * D - R)
-
-    def expanded(self, q: Tensor, contexts: Tensor) -> Tensor:
-        """Every key and value: k = RoPE(c W_K), v = c W_V. q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)."""
-        k = self.rotary(split_heads(self.W_K(contexts), self.config.num_heads), 0)  # (B, H, P, D)
-        v = split_heads(self.W_V(contexts), self.config.num_heads)
-        return causal_attention(q, k, v)
-
-    def absorbed(self, q: Tensor, contexts: Tensor) -> Tensor:
-        """Where RoPE does not turn, q k^T = (q W_K^T) c^T: no key is rebuilt; where it does, R of D dimensions are.
-
-        q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)
-        """
-        B, H, T, D = q.shape
-        P, R = contexts.size(1), self.config.rotary_size
-        W_K, W_V = self.W_K.weight.view(H, D, -1), self.W_V.weight.view(H, D, -1)  # (H, D, E)
-        k_rotated = F.linear(contexts, W_K[:, :R].flatten(0, 1)).view(B, P, H, R).transpose(1, 2)
-        k_rotated = self.rotary(k_rotated, 0)  # (B, H, P, R)
-        q_latent = (q[..., R:] @ W_K[:, R:]).flatten(1, 2)  # (B, H T, E): one product serves all heads
-        scores = q[..., :R] @ k_rotated.transpose(2, 3) + (q_latent @ contexts.transpose(1, 2)).view(B, H, T, P)
-        future = torch.ones(T, P, dtype=torch.bool, device=q.device).triu(P - T + 1)
-        weights = (scores / math.sqrt(D)).masked_fill(future, -math.inf).softmax(dim=-1)
-        out_latent = (weights.flatten(1, 2) @ contexts).view(B, H, T, -1)  # (B, H, T, E)
-        return out_latent @ W_V.transpose(1, 2)
 
 
-class ContextPythiaModel(PythiaModel):
-    """Pythia whose layers all attend to one shared sequence of contexts, and to nothing else of the tokens."""
+class ContextModel(PythiaModel):
+    """What Context-Pythia and Context-KV share: one ContextBlock, which phase 2 leaves as phase 1 has trained it."""
 
     config: ContextPythiaConfig
 
     def __init__(self, config: ContextPythiaConfig) -> None:
         super().__init__(config)
-        self.context_block = make_context_block(config)  # after Pythia's init_weights, since it has an init of its own
-        self.W_in = nn.Linear(config.context_dim, config.hidden_size, bias=False)
-        nn.init.normal_(self.W_in.weight, std=small_init_std(config.hidden_size))
-
-    def make_attention(self, layer: int) -> ContextAttention:
-        return ContextAttention(self.config)
+        self.context_block = ContextBlock(  # after Pythia's init_weights, since it has an init of its own
+            config.hidden_size, config.context_dim, 1, config.layer_norm_eps, config.init, config.embed_norm
+        )
 
     @property
     def context_blocks(self) -> list[ContextBlock]:
@@ -390,6 +387,76 @@ class ContextPythiaModel(PythiaModel):
         """Phase 2 trains all but what the cached contexts were computed with."""
         self.context_block.requires_grad_(False)
         self.embed_in.requires_grad_(False)
+
+    def convert(self, source: PythiaModel) -> dict[str, Tensor]:
+        """A baseline's queries and output projections; keys and values have nothing there to start from."""
+        converted, theirs = dict[str, Tensor](), source.state_dict()
+        for layer, attention in enumerate(self.attentions()):
+            if isinstance(attention, ContextAttention):
+                for part in ("weight", "bias"):
+                    prefix = f"layers.{layer}.attention"
+                    converted[f"{prefix}.W_Q.{part}"] = fused_parts(source, layer, part)[0]
+                    converted[f"{prefix}.dense.{part}"] = theirs[f"{prefix}.dense.{part}"]
+        return converted
+
+
+# ------------------------------------------------------------------------------------------------- Context-Pythia
+
+
+class CausalContextAttention(ContextAttention):
+    """Causal attention with RoPE to all contexts.
+
+    Expanded for training and long prompts; absorbed for decoding, where only the rotated dimensions of the keys are
+    rebuilt. The two are equal.
+    """
+
+    def forward(self, x: Tensor, start: int, contexts: Tensor) -> Tensor:
+        """x (B, T, C) of the last T of the P positions whose contexts (B, P, E) are given -> (B, T, C)."""
+        T, P = x.size(1), contexts.size(1)
+        positions = torch.arange(P, device=x.device)
+        q = rotate(split_heads(self.W_Q(x), self.config.num_heads), positions[P - T :], self.config)  # (B, H, T, D)
+        attend = self.absorbed if T < P and self.absorbing_is_cheaper(T) else self.expanded
+        return self.dense(merge_heads(attend(q, contexts, positions)))
+
+    def expanded(self, q: Tensor, contexts: Tensor, positions: Tensor) -> Tensor:
+        """Every key and value: k = RoPE(c W_K), v = c W_V. q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)."""
+        k = rotate(split_heads(self.W_K(contexts), self.config.num_heads), positions, self.config)  # (B, H, P, D)
+        v = split_heads(self.W_V(contexts), self.config.num_heads)
+        return causal_attention(q, k, v)
+
+    def absorbed(self, q: Tensor, contexts: Tensor, positions: Tensor) -> Tensor:
+        """Where RoPE does not turn, q k^T = (q W_K^T) c^T: no key is rebuilt; where it does, R of D dimensions are.
+
+        q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)
+        """
+        B, H, T, D = q.shape
+        P, R = contexts.size(1), self.config.rotary_size
+        W_K, W_V = self.W_K.weight.view(H, D, -1), self.W_V.weight.view(H, D, -1)  # (H, D, E)
+        k_rotated = F.linear(contexts, W_K[:, :R].flatten(0, 1)).view(B, P, H, R).transpose(1, 2)
+        k_rotated = rotate(k_rotated, positions, self.config)  # (B, H, P, R)
+        q_latent = (q[..., R:] @ W_K[:, R:]).flatten(1, 2)  # (B, H T, E): one product serves all heads
+        scores = q[..., :R] @ k_rotated.transpose(2, 3) + (q_latent @ contexts.transpose(1, 2)).view(B, H, T, P)
+        future = torch.ones(T, P, dtype=torch.bool, device=q.device).triu(P - T + 1)
+        weights = (scores / math.sqrt(D)).masked_fill(future, -math.inf).softmax(dim=-1)
+        out_latent = (weights.flatten(1, 2) @ contexts).view(B, H, T, -1)  # (B, H, T, E)
+        return out_latent @ W_V.transpose(1, 2)
+
+    def absorbing_is_cheaper(self, T: int) -> bool:
+        """Per layer, absorbing costs P E (H R) + T P H (2 E) products, expanding P E (2 H D) + T P H (2 D)."""
+        E, D, R = self.config.context_dim, self.config.head_size, self.config.rotary_size
+        return 2 * T * (E - D) < E * (2 * D - R)
+
+
+class ContextPythiaModel(ContextModel):
+    """Pythia whose layers all attend to one shared sequence of contexts, and to nothing else of the tokens."""
+
+    def __init__(self, config: ContextPythiaConfig) -> None:
+        super().__init__(config)
+        self.W_in = nn.Linear(config.context_dim, config.hidden_size, bias=False)
+        nn.init.normal_(self.W_in.weight, std=small_init_std(config.hidden_size))
+
+    def make_attention(self, layer: int) -> CausalContextAttention:
+        return CausalContextAttention(self.config)
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """One entry of contexts, shared by all layers."""
@@ -407,14 +474,19 @@ class ContextPythiaModel(PythiaModel):
             cache.layers[0].write(contexts, start)
             contexts = cache.layers[0].contexts[:, : cache.length]  # (B, P, E)
         for block in self.layers:
-            h = block(h, contexts)
+            h = block(h, start, contexts)
         return self.final_layer_norm(h)
-
-    def convert(self, source: PythiaModel) -> dict[str, Tensor]:
-        return query_weights(source, range(self.config.num_layers))
 
 
 # ----------------------------------------------------------------------------------------------------- Context-KV
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Contexts at equal intervals as interval_columns lays them out, (B R, rows, E), and which rows a query sees."""
+
+    contexts: Tensor
+    seen: Tensor  # (B R, 1, query rows, rows)
 
 
 def to_columns(x: Tensor, num_columns: int) -> Tensor:
@@ -428,9 +500,7 @@ def from_columns(x: Tensor, num_columns: int) -> Tensor:
     return x.unflatten(0, (-1, num_columns)).transpose(1, 2).flatten(1, 2)
 
 
-def interval_columns(
-    contexts: Tensor, start: int, past: ContextCache | None, config: ContextKVConfig
-) -> tuple[Tensor, Tensor]:
+def interval_columns(contexts: Tensor, start: int, past: ContextCache | None, config: ContextKVConfig) -> Columns:
     """Contexts (B, T, E) from position start on -> columns (B R, rows, E), and which rows a query sees.
 
         start - 32   start - 31   ...     J rows of the past, from the cache
@@ -449,53 +519,30 @@ def interval_columns(
         contexts = torch.cat([past.read(positions[:J].flatten()), contexts], dim=1)  # (B, J R + T, E)
     age = rows[J:, None] - rows  # (query rows, rows), in intervals
     seen = (age >= 0) & (age < config.max_contexts) & (positions.T[:, None] >= 0)  # (R, query rows, rows)
-    return to_columns(contexts, R), seen.repeat(B, 1, 1)[:, None]
+    return Columns(to_columns(contexts, R), seen.repeat(B, 1, 1)[:, None])
 
 
-class IntervalAttention(nn.Module):
+class IntervalAttention(ContextAttention):
     """Attention to the contexts at equal intervals; without RoPE, since the contexts carry the order."""
 
-    def __init__(self, config: ContextKVConfig) -> None:
-        super().__init__()
-        C, E = config.hidden_size, config.context_dim
-        self.config = config
-        self.W_Q = nn.Linear(C, C)
-        self.W_K = nn.Linear(E, C, bias=False)
-        self.W_V = nn.Linear(E, C, bias=False)
-        self.dense = nn.Linear(C, C)
-
-    def forward(self, x: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: int, columns: Columns) -> Tensor:
         """x (B, T, C), and what interval_columns makes of its contexts -> (B, T, C)."""
         B, T, _ = x.shape
-        R, H = seen.size(0) // B, self.config.num_heads
+        R, H = columns.seen.size(0) // B, self.config.num_heads
         q = split_heads(to_columns(self.W_Q(x), R), H)  # (B R, H, query rows, D)
-        k = split_heads(self.W_K(columns), H)  # (B R, H, rows, D)
-        v = split_heads(self.W_V(columns), H)
-        out = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))  # (B R, query rows, C)
+        k = split_heads(self.W_K(columns.contexts), H)  # (B R, H, rows, D)
+        v = split_heads(self.W_V(columns.contexts), H)
+        out = merge_heads(causal_attention(q, k, v, columns.seen))  # (B R, query rows, C)
         return self.dense(from_columns(out, R)[:, :T])
 
 
-class ContextKVPythiaModel(PythiaModel):
+class ContextKVPythiaModel(ContextModel):
     """Pythia with interval attention to shared contexts in the layers named by context_layers."""
 
     config: ContextKVConfig
 
-    def __init__(self, config: ContextKVConfig) -> None:
-        super().__init__(config)
-        self.context_block = make_context_block(config)  # after Pythia's init_weights, since it has an init of its own
-
-    def make_attention(self, layer: int) -> nn.Module:
+    def make_attention(self, layer: int) -> Attention:
         return IntervalAttention(self.config) if layer in self.config.context_layers else super().make_attention(layer)
-
-    @property
-    def context_blocks(self) -> list[ContextBlock]:
-        """The blocks whose contexts, side by side, the model reads."""
-        return [self.context_block]
-
-    def freeze_for_phase2(self) -> None:
-        """Phase 2 trains all but what the cached contexts were computed with."""
-        self.context_block.requires_grad_(False)
-        self.embed_in.requires_grad_(False)
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """One ring of contexts for all replaced layers, keys and values for the others."""
@@ -514,15 +561,29 @@ class ContextKVPythiaModel(PythiaModel):
         h = self.embed_in(idx)
         if contexts is None:
             contexts = self.context_block.recurrence(h, None if past is None else past.state(start))
-        columns, seen = interval_columns(contexts, start, past, self.config)  # the same for all replaced layers
+        columns = interval_columns(contexts, start, past, self.config)  # the same for all replaced layers
         if past is not None:
             past.write(contexts, start)  # only now: it takes the place of contexts that were still to be read
         for layer, block in enumerate(self.layers):
-            if layer in self.config.context_layers:
-                h = block(h, columns, seen)
-            else:
-                h = block(h, start, None if cache is None else cache.layers[layer])
+            own = None if cache is None else cache.layers[layer]
+            h = block(h, start, columns if layer in self.config.context_layers else own)
         return self.final_layer_norm(h)
 
-    def convert(self, source: PythiaModel) -> dict[str, Tensor]:
-        return query_weights(source, self.config.context_layers)
+
+if __name__ == "__main__":
+    pythia, text = PythiaModel(PythiaConfig()), str(__doc__)
+    show(ContextPythiaModel(ContextPythiaConfig()), reference, pythia, text)
+    show(ContextKVPythiaModel(ContextKVConfig(context_interval=4, max_contexts=5)), reference, pythia, text)
+    ids, model = text_ids(text, 2000)[0], ContextPythiaModel(ContextPythiaConfig())
+    block, contexts = model.context_block, first_contexts(len(ids), 256)
+    optimizer = torch.optim.Adam(block.parameters(), lr=0.003)
+    for iteration in range(1, 21):
+        _, rate = oacd_iteration(
+            block, model.embed_in.weight, ids, contexts, optimizer, batch_size=500, context_noise=0.05,
+            centroid_weight=0.1, gradient_clip=2.0, convergence_threshold=0.03,
+        )  # fmt: skip
+        if iteration in (1, 2, 5, 10, 20):
+            say(
+                f"OACD, iteration {iteration}",
+                f"effective rank {effective_rank(contexts):.1f} of 256, {rate:.0%} settled",
+            )

@@ -16,28 +16,82 @@ There can be several such memories, G of them. A segment is written to the one w
     multi-memory    one segment each, round and round; mixed by their relevance to the query
 ALiBi decay: before a segment is written, what is there fades by exp(-slope).
 
-Cached: in layer 0, whatever the length, 8 x (64 x 64 + 64) numbers = 133,120 bytes in float32 for each memory, and as
-many again for the open segment; in layers 1-5 keys and values, 5,120 numbers a token.
+Cached: in layer 0, whatever the length, 8 x (64 x 64 + 64) numbers = 133,120 bytes in float32 for each memory, 8 bytes
+that count its tokens, and 133,120 for the open segment; in layers 1-5 keys and values, 5,120 numbers a token.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import pythia_base
+from kit.show import say, show, text_ids
+from kit.weights import bias_free_attention
 from pythia_base import (
+    Attention,
     Cache,
     PythiaConfig,
     PythiaModel,
-    bias_free_attention,
     merge_heads,
     require_positive,
     split_heads,
 )
+
+# ------------------------------------------------------------------- the equations, as plain loops in float64
+
+
+def reference(model: "InfiniPythiaModel", idx: Tensor) -> Tensor:
+    """What the model has to give: idx (B, T) -> logits (B, T, V)."""
+
+    def attend(a: Any, x: Tensor) -> Tensor:
+        return reference_memory(a, x) if isinstance(a, InfiniAttention) else pythia_base.reference_attention(a, x)
+
+    return pythia_base.reference(model, idx, attend)
+
+
+def reference_memory(a: "InfiniAttention", x: Tensor) -> Tensor:
+    """Layer 0 for one sequence: x (T, C) -> (T, C), token by token within segment by segment, every mode of it."""
+    c, T = a.config, len(x)
+    H, D, G, S = c.num_heads, c.head_size, c.total_memories, c.segment_len
+    q, k, v = ((x @ W.weight.T).view(T, H, D) for W in (a.W_Q, a.W_K, a.W_V))
+    q, k = (torch.where(y > 0, y + 1, y.exp()) for y in (q, k))  # phi(x) = ELU(x) + 1
+    heads = []
+    for h in range(H):
+        fade = math.exp(-c.alibi_scale * 2 ** (-8 * (h + 1) / H)) if c.use_alibi else 1.0
+        M, z = [x.new_zeros(D, D)] * G, [x.new_zeros(D)] * G
+        written = [0] * G  # tokens in each memory
+        A = []
+        for segment, begin in enumerate(range(0, T, S)):
+            tokens = range(begin, min(begin + S, T))
+            for t in tokens:  # read: equation (3) for each memory that holds anything
+                readings, scores = [], []
+                for g in [g for g in range(G) if written[g]]:
+                    readings.append(q[t, h] @ M[g] / (q[t, h] @ z[g]))
+                    relevance = q[t, h] @ z[g] / (written[g] if c.normalize_relevance else 1)
+                    scores.append(a.bank_scores[g, h] if c.num_memory_banks > 1 else relevance)
+                A.append(torch.stack(scores).softmax(0) @ torch.stack(readings) if scores else x.new_zeros(D))
+            if len(tokens) < S:
+                break  # an open segment is not written
+            g = segment // (c.segments_per_bank if c.num_memory_banks > 1 else 1) % G  # whose turn it is
+            M_before, z_before = M[g], z[g]
+            M, z = [m * fade for m in M], [n * fade for n in z]
+            for t in tokens:  # write: equation (4), by the delta rule (5)
+                known = k[t, h] @ M_before / (k[t, h] @ z_before) if c.use_delta_rule and written[g] else 0
+                M[g] = M[g] + torch.outer(k[t, h], v[t, h] - known)
+                z[g] = z[g] + k[t, h]
+            written[g] += S
+        heads.append(torch.stack(A))
+    return torch.stack(heads, dim=1).flatten(1) @ a.W_O.weight.T
+
+
+# -------------------------------------------------------------------------------------------------- the settings
 
 
 @dataclass(frozen=True)
@@ -114,45 +168,6 @@ class MemoryCache(Memory):
             tensor.copy_(getattr(new, name))
 
 
-class CarriedMemory(Cache):
-    """Layer 0's memory from window to window of long documents, a document per row.
-
-    To the model it is a cache that only layer 0 remembers anything in: every window stands at positions from 0. Windows
-    are whole segments, so that rows need not be at the same point of their documents.
-    """
-
-    def __init__(self, batch_size: int, config: InfiniConfig, like: Tensor) -> None:
-        self.memory = Memory(batch_size, config, like)
-        self.segment_len = config.segment_len
-        super().__init__([self.memory] + [None] * (config.num_layers - 1), config.max_position_embeddings)
-
-    def extend(self, num_tokens: int) -> int:
-        """Open a window: its first position, 0. Raises ValueError if it would end within a segment."""
-        if num_tokens % self.segment_len:
-            raise ValueError(
-                f"a window of {num_tokens} tokens ends within a segment: a carried memory needs "
-                f"windows that are a multiple of segment_len={self.segment_len}"
-            )
-        return 0
-
-    def detach(self) -> None:
-        """Truncated backpropagation: the next window reads what the last one wrote, its gradient stays out."""
-        self.load_state_dict(self.state_dict())
-
-    def reset(self, rows: Tensor) -> None:
-        """Forget the documents that have ended: rows (B,), True where the next window begins a new one."""
-        for name, tensor in vars(self.memory).items():
-            setattr(self.memory, name, tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors, for a checkpoint."""
-        return {name: tensor.detach() for name, tensor in vars(self.memory).items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in vars(self.memory).items():
-            setattr(self.memory, name, state[name].to(tensor))
-
-
 # --------------------------------------------------------------------------------------------------- the attention
 
 
@@ -176,7 +191,7 @@ def piece_sizes(start: int, T: int, S: int) -> list[int]:
     return [end - begin for begin, end in pairwise([0, *range(S - start % S, T, S), T])]
 
 
-class InfiniAttention(nn.Module):
+class InfiniAttention(Attention):
     """Infini-attention without its local half: all that a query sees is what closed segments wrote."""
 
     def __init__(self, config: InfiniConfig) -> None:
@@ -259,12 +274,54 @@ class InfiniAttention(nn.Module):
         memory.pending = torch.zeros_like(memory.pending)
 
 
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+class CarriedMemory(Cache):
+    """Layer 0's memory from window to window of long documents, a document per row.
+
+    To the model it is a cache that only layer 0 remembers anything in: every window stands at positions from 0. Windows
+    are whole segments, so that rows need not be at the same point of their documents.
+    """
+
+    def __init__(self, batch_size: int, config: InfiniConfig, like: Tensor) -> None:
+        self.memory = Memory(batch_size, config, like)
+        self.segment_len = config.segment_len
+        super().__init__([self.memory] + [None] * (config.num_layers - 1), config.max_position_embeddings)
+
+    def extend(self, num_tokens: int) -> int:
+        """Open a window: its first position, 0. Raises ValueError if it would end within a segment."""
+        if num_tokens % self.segment_len:
+            raise ValueError(
+                f"a window of {num_tokens} tokens ends within a segment: a carried memory needs "
+                f"windows that are a multiple of segment_len={self.segment_len}"
+            )
+        return 0
+
+    def detach(self) -> None:
+        """Truncated backpropagation: the next window reads what the last one wrote, its gradient stays out."""
+        self.load_state_dict(self.state_dict())
+
+    def reset(self, rows: Tensor) -> None:
+        """Forget the documents that have ended: rows (B,), True where the next window begins a new one."""
+        for name, tensor in vars(self.memory).items():
+            setattr(self.memory, name, tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors, for a checkpoint."""
+        return {name: tensor.detach() for name, tensor in vars(self.memory).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in vars(self.memory).items():
+            setattr(self.memory, name, state[name].to(tensor))
+
+
 class InfiniPythiaModel(PythiaModel):
     """Pythia whose layer 0 is a memory."""
 
     config: InfiniConfig
 
-    def make_attention(self, layer: int) -> nn.Module:
+    def make_attention(self, layer: int) -> Attention:
         return InfiniAttention(self.config) if layer == 0 else super().make_attention(layer)
 
     def init_memory(self, batch_size: int) -> CarriedMemory:
@@ -283,3 +340,17 @@ class InfiniPythiaModel(PythiaModel):
     def convert(self, source: PythiaModel) -> dict[str, Tensor]:
         """Layer 0's projections are the baseline's; phi takes the place of RoPE and softmax."""
         return bias_free_attention(source, 0)
+
+
+if __name__ == "__main__":
+    text = str(__doc__)
+    model = InfiniPythiaModel(InfiniConfig(segment_len=8))
+    show(model, reference, PythiaModel(PythiaConfig()), text)
+    with torch.no_grad():
+        memory = model.layers[0].attention.init_cache(1, 10_000)
+        x, start = model.embed_in(text_ids(text * 8, 10_000)), 0
+        for end in (100, 1_000, 10_000):
+            model.layers[0].attention(x[:, start:end], start, memory)
+            start = end
+            state = sum(tensor.nbytes for tensor in vars(memory).values())
+            say(f"layer 0 after {end:,} tokens", f"{state:,} bytes, {memory.Mz.norm():.1f} the norm of what it holds")

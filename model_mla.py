@@ -19,7 +19,38 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pythia_base import PythiaConfig, PythiaModel, bias_free_attention, merge_heads, require_positive, split_heads
+import pythia_base
+from kit.show import largest, say, show, text_ids
+from kit.weights import bias_free_attention
+from pythia_base import Attention, PythiaConfig, PythiaModel, merge_heads, require_positive, split_heads
+
+# ------------------------------------------------------------------- the equations, as plain loops in float64
+
+
+def reference(model: "MLAPythiaModel", idx: Tensor) -> Tensor:
+    """What the model has to give: idx (B, T) -> logits (B, T, V)."""
+    return pythia_base.reference(model, idx, reference_attention)
+
+
+def reference_attention(a: "LatentAttention", x: Tensor) -> Tensor:
+    """x (T, C) -> (T, C), head by head and query by query. Numbers of equations are DeepSeek-V2's."""
+    D, m = a.config.head_size, a.config.alibi_slope
+    c_kv = x @ a.W_DKV.weight.T  # (9)
+    heads = []
+    for h in range(a.config.num_heads):
+        rows = slice(D * h, D * (h + 1))
+        q = x @ a.W_Q.weight[rows].T
+        k = c_kv @ a.W_UK.weight[rows].T  # (10)
+        v = c_kv @ a.W_UV.weight[rows].T  # (11)
+        outputs = []
+        for i in range(len(x)):
+            scores = [q[i] @ k[j] / math.sqrt(D) - m * (i - j) for j in range(i + 1)]
+            outputs.append(torch.stack(scores).softmax(0) @ v[: i + 1])
+        heads.append(torch.stack(outputs))
+    return torch.cat(heads, dim=-1) @ a.W_O.weight.T
+
+
+# ------------------------------------------------------------------------------------------------------ the module
 
 
 @dataclass(frozen=True)
@@ -53,27 +84,6 @@ class ALiBiPositionEncoding:
         return (scores - self.slope * distance).masked_fill(distance < 0, -math.inf)
 
 
-def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
-    """softmax(q k^T / sqrt(D) - m (i - j)) v as plain causal attention, (B, H, T, D), on the fused kernels.
-
-    Softmax ignores what is constant in a row, so -m (i - j) and +m j are the same bias, and a product of one more
-    dimension of q and k can carry it: (m sqrt(D)) j / sqrt(D). bfloat16 counts exactly to 256 only, hence two
-    dimensions, j = 64 (j // 64) + j % 64. Keys, queries and values are padded alike, or SDPA leaves its fast path.
-    """
-    B, H, T, D = q.shape
-    P = k.size(-2)
-    j = torch.arange(P, device=q.device)
-    extra = -(-(D + 2) // 8) * 8 - D  # up to the next multiple of 8, the width that the kernels want
-    k_bias = F.pad(torch.stack([j // 64 * 64, j % 64], dim=-1), (0, extra - 2)).to(k.dtype)  # (P, extra)
-    q_bias = q.new_full((T, extra), slope * math.sqrt(D))
-    q = torch.cat([q, q_bias.expand(B, H, -1, -1)], dim=-1)
-    k = torch.cat([k, k_bias.expand(B, H, -1, -1)], dim=-1)
-    v = F.pad(v, (0, extra))
-    mask = None if T == P else torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(D))
-    return out[..., :D]
-
-
 class LatentCache:
     """One layer's latents, (B, max_len, L)."""
 
@@ -87,7 +97,7 @@ class LatentCache:
         return self.c_kv[:, :end]
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Attention):
     """MLA: expanded for training and long prompts, absorbed for decoding; the two are equal."""
 
     def __init__(self, config: MLAConfig) -> None:
@@ -113,11 +123,6 @@ class LatentAttention(nn.Module):
         attend = self.absorbed if cache is not None and self.absorbing_is_cheaper(x.size(1)) else self.expanded
         return self.W_O(merge_heads(attend(q, c_kv)))
 
-    def absorbing_is_cheaper(self, T: int) -> bool:
-        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D)."""
-        L, D = self.config.kv_dim, self.config.head_size
-        return T * (L - D) < L * D
-
     def expanded(self, q: Tensor, c_kv: Tensor) -> Tensor:
         """Rebuild every key and value: k = c_kv W_UK, v = c_kv W_UV. q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)."""
         k = split_heads(self.W_UK(c_kv), self.config.num_heads)  # (B, H, P, D)
@@ -138,6 +143,35 @@ class LatentAttention(nn.Module):
         out_latent = (weights.flatten(1, 2) @ c_kv).view(B, H, T, -1)  # (B, H, T, L)
         return out_latent @ W_UV.transpose(1, 2)
 
+    def absorbing_is_cheaper(self, T: int) -> bool:
+        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D)."""
+        L, D = self.config.kv_dim, self.config.head_size
+        return T * (L - D) < L * D
+
+
+def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
+    """The fast form of apply_to_scores, softmax and v: plain causal attention, (B, H, T, D), on the fused kernels.
+
+    Softmax ignores what is constant in a row, so -m (i - j) and +m j are the same bias, and a product of one more
+    dimension of q and k can carry it: (m sqrt(D)) j / sqrt(D). bfloat16 counts exactly to 256 only, hence two
+    dimensions, j = 64 (j // 64) + j % 64. Keys, queries and values are padded alike, or SDPA leaves its fast path.
+    """
+    B, H, T, D = q.shape
+    P = k.size(-2)
+    j = torch.arange(P, device=q.device)
+    extra = -(-(D + 2) // 8) * 8 - D  # up to the next multiple of 8, the width that the kernels want
+    k_bias = F.pad(torch.stack([j // 64 * 64, j % 64], dim=-1), (0, extra - 2)).to(k.dtype)  # (P, extra)
+    q_bias = q.new_full((T, extra), slope * math.sqrt(D))
+    q = torch.cat([q, q_bias.expand(B, H, -1, -1)], dim=-1)
+    k = torch.cat([k, k_bias.expand(B, H, -1, -1)], dim=-1)
+    v = F.pad(v, (0, extra))
+    mask = None if T == P else torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(D))
+    return out[..., :D]
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
 
 class MLAPythiaModel(PythiaModel):
     """Pythia with latent attention in all layers."""
@@ -155,12 +189,21 @@ class MLAPythiaModel(PythiaModel):
         """
         L, converted = self.config.kv_dim, dict[str, Tensor]()
         for layer in range(self.config.num_layers):
-            if theirs := bias_free_attention(source, layer):
-                prefix = f"layers.{layer}.attention"
-                W_K, W_V = theirs.pop(f"{prefix}.W_K.weight"), theirs.pop(f"{prefix}.W_V.weight")  # (C, C) each
-                U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).double(), full_matrices=False)
-                W_UK, W_UV = (U[:, :L] * S[:L].sqrt()).float().chunk(2)  # (C, L) each
-                W_DKV = (S[:L].sqrt()[:, None] * Vt[:L]).float()
-                latent = {"W_DKV": W_DKV, "W_UK": W_UK, "W_UV": W_UV}
-                converted |= theirs | {f"{prefix}.{name}.weight": weight for name, weight in latent.items()}
+            theirs, prefix = bias_free_attention(source, layer), f"layers.{layer}.attention"
+            W_K, W_V = theirs.pop(f"{prefix}.W_K.weight"), theirs.pop(f"{prefix}.W_V.weight")  # (C, C) each
+            U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).double(), full_matrices=False)
+            W_UK, W_UV = (U[:, :L] * S[:L].sqrt()).float().chunk(2)  # (C, L) each
+            W_DKV = (S[:L].sqrt()[:, None] * Vt[:L]).float()
+            latent = {"W_DKV": W_DKV, "W_UK": W_UK, "W_UV": W_UV}
+            converted |= theirs | {f"{prefix}.{name}.weight": weight for name, weight in latent.items()}
         return converted
+
+
+if __name__ == "__main__":
+    model = MLAPythiaModel(MLAConfig())
+    show(model, reference, PythiaModel(PythiaConfig()), str(__doc__))
+    with torch.no_grad():
+        layer, h = model.layers[0], model.embed_in(text_ids(str(__doc__), 256))
+        q, c_kv = split_heads(layer.attention.W_Q(h), 8), layer.attention.W_DKV(h)
+        apart = largest(layer.attention.absorbed(q, c_kv), layer.attention.expanded(q, c_kv))
+    say("absorbed against expanded", f"{apart:.1e} apart at most, 256 queries and latents of layer 0")

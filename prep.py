@@ -34,13 +34,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock
+from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from configurator import check_range, load_source, parse_settings
+from configurator import load_source, parse_settings
 from kit.contexts import ContextSettings, context_cache
 from kit.files import DISK_ERRORS, InputError, make_folder, run, sha256_of
 from kit.runs import pick_device
@@ -57,21 +58,13 @@ class PrepSettings(ContextSettings):
     tokenizer: Literal["neox", "gpt2"] = "neox"  # GPT-NeoX-20B's, which Pythia uses, or GPT-2's
     files: str | None = None  # your own .txt, .jsonl, .jsonl.zst or .parquet files, a glob pattern
     data_dir: str = "data"  # where the token files go
-    val_fraction: float = 0.1  # share of the documents held out
-    seed: int = 1337  # of the split
-    reversal_repeats: int = 20  # how often each forward sentence of the reversal pairs stands in the training data
-    max_tokens: int | None = None  # stop after about so many tokens
-    num_workers: int | None = None  # tokenising processes; None: one per core
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of the documents held out
+    seed: NonNegativeInt = 1337  # of the split
+    reversal_repeats: NonNegativeInt = 20  # how often each forward reversal sentence stands in the training data
+    max_tokens: PositiveInt | None = None  # stop after about so many tokens
+    num_workers: PositiveInt | None = None  # tokenising processes; None: one per core
     overwrite: bool = False  # replace token files made with other settings
     device: str = "auto"  # contexts: 'auto' takes cuda, then mps, then cpu
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, "reversal_repeats", "seed", "tolerance")
-        check_range(self, 1, "max_tokens", "num_workers", "lanes", "overlap", "chunk_tokens", "context_stride")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} has to be between 0 and 1")
-        if self.context_stride > self.chunk_tokens:
-            raise InputError(f"context_stride={self.context_stride} is above chunk_tokens={self.chunk_tokens}")
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -207,7 +200,7 @@ def stream_hub(hub_set: HubSet, revision: str | None) -> Iterator[Row]:
 BATCH_DOCUMENTS = 64  # what a worker gets at a time
 POOL_DOCUMENTS = 20_000  # with fewer documents the workers would take longer to start than to work
 Encoded = tuple[np.ndarray, str, str]  # a document's token ids, subset and split
-load_once = functools.cache(load_tokenizer)  # in each process
+load_once = functools.cache(load_tokenizer)  # a process has one tokenizer
 
 
 def text_of(row: Row) -> str:
@@ -230,7 +223,7 @@ def split_of(text: str, settings: PrepSettings) -> str:
 
 @functools.cache
 def backward_sentences() -> re.Pattern[str]:
-    """Matches any of them, whatever the line breaks."""
+    """Matches any of them, whatever its line breaks."""
     return re.compile("|".join(r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()))
 
 
@@ -251,7 +244,7 @@ def encode(rows: Sequence[Row], settings: PrepSettings) -> list[Encoded]:
 
 
 def encode_all(source: Source, settings: PrepSettings) -> Iterator[Encoded]:
-    """All documents in order, tokenised on all cores; only a few batches are in memory at a time."""
+    """The source's documents in their order, tokenised on all cores; only a few batches are in memory at a time."""
     rows = iter(source.rows)
     batches = iter(lambda: list(islice(rows, BATCH_DOCUMENTS)), [])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -263,7 +256,7 @@ def encode_all(source: Source, settings: PrepSettings) -> Iterator[Encoded]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
     pending: deque[Future[list[Encoded]]] = deque()
     try:
-        with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+        with ProcessPoolExecutor(workers, context, start_worker) as pool:
             for batch in batches:
                 pending.append(pool.submit(encode, batch, settings))
                 if len(pending) > 2 * workers:
@@ -274,21 +267,25 @@ def encode_all(source: Source, settings: PrepSettings) -> Iterator[Encoded]:
         raise InputError("a tokenising process was killed, for want of memory? try fewer, --num_workers=N") from None
 
 
+def start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    end_with_parent()
+
+
 def end_with_parent() -> None:
-    """Begins a worker: Ctrl-C is its parent's business, and a parent that is killed takes it along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A parent that is killed takes this process along, which would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
         parent.join()
-        os._exit(1)  # it would wait for work forever
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def strew_sentences(encoded: Iterable[Encoded], expected: int, settings: PrepSettings) -> Iterator[Encoded]:
-    """The documents up to max_tokens, and strewn evenly between as many as are expected the forward sentences."""
+    """Strews the forward sentences evenly between the first `expected` documents; stops at max_tokens, with a bar."""
     tokenizer = load_once(settings.tokenizer, settings.data_dir)
     forward = [np.array(tokenizer.encode(pair.forward), dtype=np.uint16) for pair in get_reversal_pairs()]
     waiting = ((ids, "reversal", "train") for _ in range(settings.reversal_repeats) for ids in forward)
@@ -458,7 +455,7 @@ def prepare(settings: PrepSettings) -> Path:
 
 
 def prepare_contexts(settings: PrepSettings) -> None:
-    """The contexts of both splits of the dataset that a run was trained on."""
+    """Make the context caches of both splits of the dataset that a run was trained on."""
     if not settings.init_from:
         raise InputError("--stage=contexts needs the run of a trained ContextBlock: --init_from=out/phase1")
     model, checkpoint = load_source(settings.init_from)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from configurator import baseline_config, build_model, check_range, load_source, parse_settings
+from configurator import baseline_config, build_model, load_source, parse_settings
+from kit.fast import compile_step, input_major
 from kit.files import InputError, run
 from kit.runs import pick_device
 from kit.text import Tokenizer, load_tokenizer
-from pythia_base import Cache, compile_step, input_major, stream_tokens
+from pythia_base import Cache, stream_tokens
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,14 @@ class SampleSettings:
     """sample.py"""
 
     prompt: str = ""  # the text to continue; empty starts from the end-of-text token
-    max_new_tokens: int = 128  # tokens to generate
-    temperature: float = 0.8  # 0 is greedy
-    top_k: int | None = 50  # draw from the k likeliest tokens; None: from all
-    num_samples: int = 1  # how many texts
+    max_new_tokens: PositiveInt = 128  # tokens to generate
+    temperature: NonNegativeFloat = 0.8  # 0 is greedy
+    top_k: PositiveInt | None = 50  # draw from the k likeliest tokens; None: from all
+    num_samples: PositiveInt = 1  # how many texts
     compile: bool = False  # compile the decoding step: half a minute first, then faster; it needs a C++ compiler
     data_dir: str = "data"  # where the tokenizer is kept
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
-    seed: int = 1337  # of the draws
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, "temperature", "seed")
-        check_range(self, 1, "max_new_tokens", "top_k", "num_samples")
+    seed: NonNegativeInt = 1337  # of the draws
 
 
 def print_pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor]) -> None:

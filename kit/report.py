@@ -19,13 +19,12 @@ runs an object for each run:
     baseline_cache_bytes_per_token, cache_saved the same of Pythia of these widths; 1 - ours / theirs
     wikitext_..., lambada_..., pile_...         see eval.evaluate_benchmarks; not_measured: task -> why not
     decode_tokens_per_s, prefill_tokens_per_s   by length in tokens
-    cuda_peak_bytes, cuda_bytes_before          of generating up to each length, and before; on CUDA
     cuda_bytes_before, cuda_peak_bytes          allocated before, and at the peak of generating to each length; on CUDA
-    overlap                                     how many documents of each evaluation text stand in the training text
 
 Losses are nats per token, bytes those of float32.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +39,10 @@ AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document bu
 SHOWN_LENGTH = "2048"  # tokens at which the tables show caches
 SAME_CONFIG = ("seed", "out_dir", "overwrite", "device", "data_dir")  # settings in which runs of one config may differ
 
+Run = dict[str, Any]
+Show = Callable[[Run], str]  # a figure of a run as a table has it; KeyError where the run has none
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
 
 # ------------------------------------------------------------------------------------------- one config, its seeds
 
@@ -49,7 +52,7 @@ class Config:
     """The runs of one config, which differ in their seed alone."""
 
     name: str  # of the first run's folder
-    runs: list[dict[str, Any]]
+    runs: list[Run]
 
     @property
     def family(self) -> str:
@@ -57,21 +60,19 @@ class Config:
         return self.runs[0].get("settings", {}).get("model", "pythia")  # Hugging Face weights are GPT-NeoX
 
     @property
-    def mean(self) -> dict[str, Any]:
+    def mean(self) -> Run:
         """A run's figures, each the mean over the seeds."""
         return combine(self.runs, lambda values: float(np.mean(values)))
 
     @property
-    def deviation(self) -> dict[str, Any]:
+    def deviation(self) -> Run:
         """Likewise the sample standard deviation; there are two seeds or more."""
         return combine(self.runs, lambda values: float(np.std(values, ddof=1)))
 
-    def show(self, key: str, text: Callable[[dict[str, Any]], str]) -> str:
+    def show(self, text: Show) -> str:
         """A figure as a table has it: -, mean, or mean ± standard deviation."""
-        if not all(key in run for run in self.runs):
-            return "-"
-        shown = text(self.mean)
-        if len(self.runs) > 1 and len({text(run) for run in self.runs}) > 1:
+        shown = known(text, self.mean)
+        if shown != "-" and len({text(run) for run in self.runs}) > 1:
             shown += f" ± {text(self.deviation)}"
         return shown
 
@@ -84,7 +85,7 @@ def combine(values: list[Any], statistic: Callable[[list[float]], float]) -> Any
     return statistic(values) if isinstance(first, int | float) else first
 
 
-def group_runs(runs: list[dict[str, Any]]) -> list[Config]:
+def group_runs(runs: list[Run]) -> list[Config]:
     """Runs with the same settings but for the seed, and what follows from it, are of one config."""
     names = [Path(run["run"]).name or run["run"] for run in runs]
     shared = names[0][names[0].rfind("-") :] if "-" in names[0] else ""  # such as -laptop
@@ -99,10 +100,10 @@ def group_runs(runs: list[dict[str, Any]]) -> list[Config]:
     return list(groups.values())
 
 
-def config_key(run: dict[str, Any]) -> str:
+def config_key(run: Run) -> str:
     """What runs of one config have in common; what they started from may be named after their seed."""
     if "settings" not in run:
-        return run["run"]
+        return str(run["run"])
     kept = {k: v for k, v in run["settings"].items() if k not in SAME_CONFIG}
     for key in ("init_from", "embeddings"):
         if key in kept:
@@ -110,7 +111,7 @@ def config_key(run: dict[str, Any]) -> str:
     return json.dumps([kept, run["tokens_seen"]], sort_keys=True)
 
 
-def learning_curve(run: dict[str, Any]) -> dict[str, float]:
+def learning_curve(run: Run) -> dict[str, float]:
     """Validation PPL in the course of training by tokens seen, from the run's log; empty where there is none."""
     log = Path(run["checkpoint"]).parent / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
@@ -118,7 +119,20 @@ def learning_curve(run: dict[str, Any]) -> dict[str, float]:
     return dict(list(points.items())[1:])  # the first is the untrained model's, or that of what it started from
 
 
-# ------------------------------------------------------------------------------------------------------ tables
+# --------------------------------------------------------------------------------------------------- how they look
+
+
+def known(text: Show, run: Run) -> str:
+    """What is shown of a run, or - where it has no such figure."""
+    try:
+        return text(run)
+    except KeyError:
+        return "-"
+
+
+def figure(key: str, form: str, at: str | None = None) -> Show:
+    """Shows a result by a format such as ',.1f'; of one by length, window or position, that at one of them."""
+    return lambda r: format(r[key] if at is None else r[key][at], form)
 
 
 def duration(seconds: float) -> str:
@@ -128,8 +142,8 @@ def duration(seconds: float) -> str:
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
-def format_rank(rank: float, width: int) -> str:
-    return f"{rank:.1f}/{width} = {rank / width:.1%}"
+def format_rank(rank: float, width: float) -> str:
+    return f"{rank:.1f}/{width:.0f} = {rank / width:.1%}"
 
 
 def format_bytes(count: float) -> str:
@@ -151,163 +165,119 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, sides, *rows])
 
 
-def format_summary(results: dict[str, Any]) -> str:
-    """The figures of one run, a line each."""
-    rows = [
-        ["validation loss", f"{results['val_loss']:.4f}"],
-        ["validation PPL", f"{results['val_ppl']:.1f}"],
-        ["validation accuracy", f"{results['val_accuracy']:.1%}"],
-        *(["PPL at positions " + where, f"{ppl:.1f}"] for where, ppl in results["position_ppl"].items()),
-        ["reversal, forward PPL", f"{results['reversal_forward_ppl']:.1f}"],
-        ["reversal, backward PPL", f"{results['reversal_backward_ppl']:.1f}"],
-        ["reversal ratio (1 is best)", f"{results['reversal_ratio']:.3f}"],
-        ["reversal gap (0 is best)", f"{results['reversal_gap']:.1f}"],
-        ["  of the answers alone, ratio", f"{results['reversal_answer_ratio']:.3f}"],
-        *long_rows(results),
-        ["cache bytes per token", format_bytes(results["cache_bytes_per_token"][SHOWN_LENGTH])],
-        ["  of the baseline", format_bytes(results["baseline_cache_bytes_per_token"][SHOWN_LENGTH])],
-        [f"cache saved, {int(SHOWN_LENGTH):,} tokens", f"{results['cache_saved'][SHOWN_LENGTH]:.1%}"],
-        ["parameters", f"{results['parameters']:,}"],
-        ["checkpoint", results["checkpoint"]],
-    ]
-    meaning = f"PPL {results['val_ppl']:.1f} is {results['ppl_meaning']} (with a subword vocabulary of about 50,000)"
-    return format_table(["measured", "value"], rows) + "\n\n" + meaning
+# ------------------------------------------------------------------------------------------------------- the tables
 
+COLUMNS: dict[str, Show] = {
+    "val loss": figure("val_loss", ".4f"),
+    "val PPL": figure("val_ppl", ".1f"),
+    "accuracy": figure("val_accuracy", ".1%"),
+    "rev. forward": figure("reversal_forward_ppl", ".1f"),
+    "backward": figure("reversal_backward_ppl", ".1f"),
+    "ratio": figure("reversal_ratio", ".3f"),
+    "answers' ratio": figure("reversal_answer_ratio", ".3f"),
+    "contexts settled": lambda r: ", ".join(f"{rate:.1%}" for rate in r["context_convergence_rates"]),
+    "contexts' rank": lambda r: format_rank(r["context_effective_rank"], r["context_dim"]),
+    "WikiText word PPL": figure("wikitext_word_ppl", ".1f"),
+    "LAMBADA": figure("lambada_accuracy", ".1%"),
+    "LAMBADA PPL": figure("lambada_ppl", ".1f"),
+    "Pile PPL": figure("pile_ppl", ".1f"),
+    "Pile bits/byte": figure("pile_bits_per_byte", ".4f"),
+    "cache B/token": lambda r: format_bytes(r["cache_bytes_per_token"][SHOWN_LENGTH]),
+    "saved": figure("cache_saved", ".1%", SHOWN_LENGTH),
+    "peak CUDA bytes": figure("cuda_peak_bytes", ",.0f", SHOWN_LENGTH),
+    "decode tokens/s": figure("decode_tokens_per_s", ",.0f", SHOWN_LENGTH),
+    "prefill tokens/s": figure("prefill_tokens_per_s", ",.0f", SHOWN_LENGTH),
+    "parameters": figure("parameters", ",.0f"),
+    "tokens seen": figure("tokens_seen", ",.0f"),
+}
 
-def long_rows(results: dict[str, Any]) -> list[list[str]]:
-    """What a memory is worth on long documents: PPL after their first window."""
-    names = {"long_ppl": "long documents, PPL after window 1", "long_ppl_reset": "  with the memory reset"}
-    return [[name, f"{results[key][AFTER_FIRST]:.1f}"] for key, name in names.items() if key in results]
+SUMMARY: dict[str, Show] = {  # what the end of a training run shows
+    "validation loss": figure("val_loss", ".4f"),
+    "best validation loss on the way": figure("best_val_loss", ".4f"),
+    "validation PPL": figure("val_ppl", ".1f"),
+    "validation accuracy": figure("val_accuracy", ".1%"),
+    "reversal, forward PPL": figure("reversal_forward_ppl", ".1f"),
+    "reversal, backward PPL": figure("reversal_backward_ppl", ".1f"),
+    "reversal ratio (1 is best)": figure("reversal_ratio", ".3f"),
+    "reversal gap (0 is best)": figure("reversal_gap", ".1f"),
+    "  of the answers alone, ratio": figure("reversal_answer_ratio", ".3f"),
+    "long documents, PPL after window 1": figure("long_ppl", ".1f", AFTER_FIRST),
+    "  with the memory reset": figure("long_ppl_reset", ".1f", AFTER_FIRST),
+    "cache bytes per token": lambda r: format_bytes(r["cache_bytes_per_token"][SHOWN_LENGTH]),
+    "  of the baseline": lambda r: format_bytes(r["baseline_cache_bytes_per_token"][SHOWN_LENGTH]),
+    f"cache saved, {int(SHOWN_LENGTH):,} tokens": figure("cache_saved", ".1%", SHOWN_LENGTH),
+    "parameters": figure("parameters", ",.0f"),
+    "checkpoint": lambda r: r["checkpoint"],
+}
 
-
-COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # header -> the result it needs, how it is shown
-    "val loss": ("val_loss", lambda r: f"{r['val_loss']:.4f}"),
-    "val PPL": ("val_ppl", lambda r: f"{r['val_ppl']:.1f}"),
-    "accuracy": ("val_accuracy", lambda r: f"{r['val_accuracy']:.1%}"),
-    "rev. forward": ("reversal_forward_ppl", lambda r: f"{r['reversal_forward_ppl']:.1f}"),
-    "backward": ("reversal_backward_ppl", lambda r: f"{r['reversal_backward_ppl']:.1f}"),
-    "ratio": ("reversal_ratio", lambda r: f"{r['reversal_ratio']:.3f}"),
-    "answers' ratio": ("reversal_answer_ratio", lambda r: f"{r['reversal_answer_ratio']:.3f}"),
-    "contexts' rank": (
-        "context_effective_rank",
-        lambda r: (
-            f"{r['context_effective_rank']:.0f}/{r['context_dim']:.0f} = "
-            f"{r['context_effective_rank'] / r['context_dim']:.1%}"
-        ),
-    ),
-    "WikiText word PPL": ("wikitext_word_ppl", lambda r: f"{r['wikitext_word_ppl']:.1f}"),
-    "LAMBADA": ("lambada_accuracy", lambda r: f"{r['lambada_accuracy']:.1%}"),
-    "LAMBADA PPL": ("lambada_ppl", lambda r: f"{r['lambada_ppl']:.1f}"),
-    "Pile PPL": ("pile_ppl", lambda r: f"{r['pile_ppl']:.1f}"),
-    "Pile bits/byte": ("pile_bits_per_byte", lambda r: f"{r['pile_bits_per_byte']:.4f}"),
-    "cache B/token": ("cache_bytes_per_token", lambda r: format_bytes(r["cache_bytes_per_token"][SHOWN_LENGTH])),
-    "saved": ("cache_saved", lambda r: f"{r['cache_saved'][SHOWN_LENGTH]:.1%}"),
-    "decode tokens/s": ("decode_tokens_per_s", lambda r: f"{r['decode_tokens_per_s'][SHOWN_LENGTH]:,.0f}"),
-    "prefill tokens/s": ("prefill_tokens_per_s", lambda r: f"{r['prefill_tokens_per_s'][SHOWN_LENGTH]:,.0f}"),
-    "parameters": ("parameters", lambda r: f"{r['parameters']:,.0f}"),
-    "tokens seen": ("tokens_seen", lambda r: f"{r['tokens_seen']:,.0f}"),
+TRAINING: dict[str, Show] = {  # what a run was trained on, and which checkpoint was scored
+    "run": lambda r: r["run"],
+    "tokens seen": figure("tokens_seen", ","),
+    "steps": figure("steps", ","),
+    "seed": figure("seed", ""),
+    "commit": lambda r: r["commit"][:8] + "+" * r["commit"].endswith("+"),
+    "training data": lambda r: r["data"]["train_sha256"][:8],
+    "started from": lambda r: ", ".join(r["parents"]) or "scratch",
+    "checkpoint": lambda r: r["checkpoint"],
+    "weights, SHA-256": lambda r: r["weights_sha256"][:16],
 }
 
 
-Table = tuple[list[str], list[list[str]]]  # header, rows
+def format_summary(results: Run) -> str:
+    """The figures of one run, a line each; of a run that was not measured in full, those that there are."""
+    rows = [[name, shown] for name, text in SUMMARY.items() if (shown := known(text, results)) != "-"]
+    for where, ppl in results.get("position_ppl", {}).items():
+        rows.append([f"PPL at positions {where}", f"{ppl:.1f}"])
+    return "\n\n".join([format_table(["measured", "value"], rows), *ppl_meanings([Config("this run", [results])])])
 
 
 def comparison_table(configs: list[Config]) -> Table:
     """A row per config, a column per metric that any of them has."""
-    shown = {h: column for h, column in COLUMNS.items() if any(column[0] in run for c in configs for run in c.runs)}
-    seeds = max(len(c.runs) for c in configs) > 1
-    header = ["run", *(["seeds"] if seeds else []), *shown]
-    return header, [
-        [c.name, *([str(len(c.runs))] if seeds else []), *(c.show(key, text) for key, text in shown.values())]
-        for c in configs
-    ]
+    columns = {header: [c.show(text) for c in configs] for header, text in COLUMNS.items()}
+    shown = {header: column for header, column in columns.items() if set(column) != {"-"}}
+    if max(len(c.runs) for c in configs) > 1:
+        shown = {"seeds": [str(len(c.runs)) for c in configs], **shown}
+    return ["run", *shown], [list(row) for row in zip([c.name for c in configs], *shown.values(), strict=True)]
 
 
 def position_table(configs: list[Config]) -> Table:
     """PPL by position in the window."""
     scored = [c for c in configs if "position_ppl" in c.mean]
     ranges = list(dict.fromkeys(where for c in scored for where in c.mean["position_ppl"]))
-    return ["PPL at positions", *ranges], [
-        [c.name, *(show_ppl(c, "position_ppl", where) for where in ranges)] for c in scored
-    ]
+    rows = [[c.name, *(c.show(figure("position_ppl", ".1f", where)) for where in ranges)] for c in scored]
+    return ["PPL at positions", *ranges], rows
 
 
 def long_table(configs: list[Config]) -> Table:
     """PPL per window of long documents, and how much text stands behind each figure."""
     scored = [c for c in configs if "long_ppl" in c.mean]
-    windows = list(scored[0].mean["long_ppl"]) if scored else []
-    rows = []
+    windows, rows = list(scored[0].mean["long_ppl"]) if scored else [], []
     for c in scored:
         names = {"long_ppl": c.name, "long_ppl_reset": "  memory reset before each window"}
-        rows += [[name, *(show_ppl(c, key, w) for w in windows)] for key, name in names.items() if key in c.mean]
+        rows += [[n, *(c.show(figure(key, ".1f", w)) for w in windows)] for key, n in names.items() if key in c.mean]
     for key, name in {"long_documents": "documents", "long_tokens": "tokens"}.items() if scored else ():
-        rows.append([name, *(f"{scored[0].mean[key][w]:,.0f}" for w in windows)])
+        rows.append([name, *(f"{scored[0].mean[key][window]:,.0f}" for window in windows)])
     return ["long documents, PPL in window", *windows], rows
-
-
-def show_ppl(config: Config, key: str, where: str) -> str:
-    return config.show(key, lambda r: f"{r[key][where]:.1f}" if where in r[key] else "-")
-
-
-def training_table(runs: list[dict[str, Any]]) -> Table:
-    """What each run was trained on, and which checkpoint was scored."""
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "run": lambda r: r["run"],
-        "tokens seen": lambda r: f"{r['tokens_seen']:,}",
-        "steps": lambda r: f"{r['steps']:,}",
-        "seed": lambda r: str(r["seed"]),
-        "commit": lambda r: r["commit"][:8] + "+" * r["commit"].endswith("+"),
-        "training data": lambda r: r["data"]["train_sha256"][:8],
-        "started from": lambda r: ", ".join(r["parents"]) or "scratch",
-        "checkpoint": lambda r: r["checkpoint"],
-        "weights, SHA-256": lambda r: r["weights_sha256"][:16],
-    }
-    return list(columns), [[known(show, run) for show in columns.values()] for run in runs]
-
-
-def known(show: Callable[[dict[str, Any]], str], run: dict[str, Any]) -> str:
-    """What is shown of a run; of Hugging Face weights it is not known what they were trained on."""
-    try:
-        return show(run)
-    except KeyError:
-        return "-"
-
-
-def overlap_table(runs: list[dict[str, Any]]) -> Table:
-    """How many documents of each evaluation text share 13 words in a row with a run's training text, or stand in it."""
-    header, rows = ["training text of", "evaluation text", "documents", "share 13 words", "stand in it whole"], []
-    for run in runs:
-        counts = run.get("overlap", {})
-        if "not_measured" in counts:
-            rows.append([run["run"], f"not measured: {counts['not_measured']}", "-", "-", "-"])
-            continue
-        for name, c in counts.items():
-            figures = (c["documents"], c["sharing_13_words"], c["in_training_text"])
-            rows.append([run["run"], name, *(f"{figure:,}" for figure in figures)])
-    return header, rows
 
 
 def ppl_meanings(configs: list[Config]) -> list[str]:
     """What the PPL of models trained here means."""
     trained = [c for c in configs if {"steps", "ppl_meaning"} <= c.runs[0].keys()]
-    return [f"{c.name}: PPL {c.mean['val_ppl']:.1f} is {c.runs[0]['ppl_meaning']}" for c in trained]
+    lines = [f"{c.name}: PPL {c.mean['val_ppl']:.1f} is {c.runs[0]['ppl_meaning']}" for c in trained]
+    note = "(what a PPL means presumes a subword vocabulary of about 50,000)"
+    return ["\n".join([*lines, note])] if lines else []
 
 
-def not_measured(runs: list[dict[str, Any]]) -> list[str]:
+def not_measured(runs: list[Run]) -> list[str]:
     """What could not be measured and why; the texts are the same for all runs."""
     return [f"{task}: not measured: {why}" for task, why in runs[0].get("not_measured", {}).items()]
 
 
-VOCABULARY_NOTE = "(what a PPL means presumes a subword vocabulary of about 50,000)"
-
-
-def format_comparison(results: list[dict[str, Any]]) -> str:
+def format_comparison(results: list[Run]) -> str:
     """The tables for a terminal."""
     configs = group_runs(results)
     tables = [make(configs) for make in (comparison_table, position_table, long_table)]
-    parts = [*not_measured(results), *(format_table(*table) for table in tables if table[1])]
-    if meanings := ppl_meanings(configs):
-        parts.append("\n".join([*meanings, VOCABULARY_NOTE]))
+    parts = [*not_measured(results), *(format_table(*table) for table in tables if table[1]), *ppl_meanings(configs)]
     return "\n\n".join(parts)
 
 
@@ -316,15 +286,13 @@ def format_comparison(results: list[dict[str, Any]]) -> str:
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """Write results.json, report.md and the pictures into a folder."""
-    from kit.pictures import draw_pictures  # matplotlib is slow to import, and training needs the tables alone
-
     folder.mkdir(parents=True, exist_ok=True)
     runs = [{**run, "learning_curve": learning_curve(run)} for run in results["runs"]]
     configs = group_runs(runs)
     page = report_page(results, configs, draw_pictures(configs, folder))
     with replacing(folder / "report.md") as file:
         file.write(page.encode())
-    with replacing(folder / "results.json") as file:  # last: by it compare.py knows that the report is whole
+    with replacing(folder / "results.json") as file:  # last: it says that the report is whole
         file.write(json.dumps(results, indent=2).encode())
 
 
@@ -332,6 +300,14 @@ def report_page(results: dict[str, Any], configs: list[Config], pictures: dict[s
     """report.md, from file names and captions of the pictures."""
     runs = results["runs"]
     seeds = "± and bars are the sample standard deviation over seeds." if len(runs) > len(configs) else ""
+    tables = {
+        "Perplexity by position": position_table(configs),
+        "Long documents": long_table(configs),
+        "What each run was trained on": (
+            list(TRAINING),
+            [[known(text, run) for text in TRAINING.values()] for run in runs],
+        ),
+    }
     parts = [
         "# Comparison",
         f"Scored on `{results['data']}` in windows of {results['block_size']} tokens, all by the same code in "
@@ -341,15 +317,131 @@ def report_page(results: dict[str, Any], configs: list[Config], pictures: dict[s
         markdown_table(*comparison_table(configs)),
         *not_measured(runs),
         *(f"![{name}]({name})\n\n{caption}" for name, caption in pictures.items()),
-        *section("Perplexity by position", position_table(configs)),
-        *section("Long documents", long_table(configs)),
-        *section("What each run was trained on", training_table(runs)),
-        *section("Evaluation text within the training text", overlap_table(runs)),
+        *(f"## {title}\n\n{markdown_table(*table)}" for title, table in tables.items() if table[1]),
+        *(f"## What the perplexities mean\n\n{text}" for text in ppl_meanings(configs)),
     ]
-    if meanings := ppl_meanings(configs):
-        parts += ["## What the perplexities mean", "\n".join(f"- {line}" for line in [*meanings, VOCABULARY_NOTE])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def section(title: str, table: Table) -> list[str]:
-    return [f"## {title}", markdown_table(*table)] if table[1] else []
+# ------------------------------------------------------- pictures, readable on a projector and in black and white
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)))
+LOOK: Any = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
+LINE_PICTURES = {  # file name -> (figure, x axis, unit of x if it is a number, caption)
+    "cache.png": ("cache_bytes", "tokens in the cache", 1, "Cache bytes of one row of text against its length."),
+    "positions.png": ("position_ppl", "position in the window", None, "PPL by position: what more context is worth."),
+    "training.png": ("learning_curve", "million tokens seen", 1e6, "Validation PPL in training, on a sample."),
+    "long.png": (
+        "long_ppl", "window of a long document", None,
+        "PPL per window of long documents; dotted, the memory reset before each window. Later windows are of fewer, "
+        "other documents, so compare lines, not windows.",
+    ),
+}  # fmt: skip
+
+
+def draw_pictures(configs: list[Config], folder: Path) -> dict[str, str]:
+    """Draw what the configs have figures for; returns the file names and captions."""
+    import matplotlib
+
+    drawn = {}
+    with matplotlib.rc_context(LOOK):
+        placed = [c for c in configs if {"val_ppl", "cache_bytes_per_token"} <= c.mean.keys()]
+        if len(placed) > 1:
+            save(draw_tradeoff(placed), folder / "tradeoff.png")
+            drawn["tradeoff.png"] = (
+                f"Validation PPL against cache bytes per token at {int(SHOWN_LENGTH):,} tokens. Filled and joined: the "
+                "best front, where nothing smaller is better. The line across is the baseline's PPL."
+            )
+        for name, (key, x, unit, caption) in LINE_PICTURES.items():
+            if with_it := [c for c in configs if c.mean.get(key)]:
+                save(draw_lines(with_it, key, x, unit), folder / name)
+                drawn[name] = caption
+    return drawn
+
+
+def save(picture: Any, path: Path) -> None:
+    with replacing(path) as file:
+        picture.savefig(file)
+
+
+def styles(configs: list[Config]) -> list[dict[str, Any]]:
+    """A colour and a marker per architecture, a line per config of it."""
+    families = list(dict.fromkeys(c.family for c in configs))
+    seen: dict[str, int] = {}
+    found = []
+    for c in configs:
+        number, within = families.index(c.family) % len(MARKERS), seen.setdefault(c.family, 0)
+        seen[c.family] += 1
+        found.append({"color": COLOURS[number], "marker": MARKERS[number], "linestyle": LINES[within % len(LINES)]})
+    return found
+
+
+def draw_tradeoff(configs: list[Config]) -> Any:
+    """PPL against cache bytes per token, with bars over seeds."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    picture = Figure(figsize=(12, 7), layout="constrained")
+    axes, front = picture.subplots(), best_front(configs)
+    by_size = sorted(zip(configs, styles(configs), strict=True), key=lambda pair: place(pair[0]))
+    for c, style in by_size:  # as in the legend, whose numbers tell two of one architecture apart
+        bar = c.deviation["val_ppl"] if len(c.runs) > 1 else None
+        fill = style["color"] if c in front else "white"
+        label = f"{c.name}: {format_bytes(place(c)[0])}, {place(c)[1]:.1f}"
+        axes.errorbar(*place(c), yerr=bar, label=label, capsize=5, **style | {"linestyle": "", "ms": 11, "mfc": fill})
+        if c.family == "pythia":
+            axes.axhline(place(c)[1], color="#777777", linewidth=1, zorder=0)
+    axes.plot(*zip(*map(place, front), strict=True), drawstyle="steps-post", color="#777777", linewidth=1.5, zorder=0)
+    axes.set(xscale="log", yscale="log", ylabel="validation PPL (lower is better)")
+    axes.set_xlabel(f"cache bytes per token at {int(SHOWN_LENGTH):,} tokens (fewer is better)")
+    plain_ticks(axes)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter("")
+    picture.legend(loc="outside right upper", frameon=False, title="run: bytes, PPL")
+    return picture
+
+
+def place(config: Config) -> tuple[float, float]:
+    return config.mean["cache_bytes_per_token"][SHOWN_LENGTH], config.mean["val_ppl"]
+
+
+def best_front(configs: list[Config]) -> list[Config]:
+    """Those than which none is both as small and better, by size."""
+    ordered = sorted(configs, key=place)
+    lowest = itertools.accumulate((place(c)[1] for c in ordered), min, initial=float("inf"))
+    return [c for c, before in zip(ordered, lowest, strict=False) if place(c)[1] < before]
+
+
+def draw_lines(configs: list[Config], key: str, x_label: str, unit: float | None) -> Any:
+    """A figure by length, position, tokens seen or window: a line per config, with bars over seeds."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(12, 7), layout="constrained")
+    axes = picture.subplots()
+    for c, style in zip(configs, styles(configs), strict=True):
+        y = {x: value for x, value in c.mean[key].items() if x != AFTER_FIRST}
+        xs = [float(x) / unit for x in y] if unit else list(y)
+        bars = [c.deviation[key][x] for x in y] if len(c.runs) > 1 else None
+        axes.errorbar(xs, list(y.values()), yerr=bars, label=c.name, capsize=4, markersize=8, mfc="white", **style)
+        if reset := c.mean.get(f"{key}_reset"):
+            axes.plot(xs, [reset[x] for x in y], **style | {"linestyle": ":", "linewidth": 1})
+    axes.set(xlabel=x_label, ylabel="bytes" if key == "cache_bytes" else "PPL", yscale="log")
+    axes.grid(alpha=0.3)
+    if key == "cache_bytes":
+        axes.set_xscale("log", base=2)
+    else:
+        plain_ticks(axes)
+    picture.legend(loc="outside right upper", frameon=False)
+    return picture
+
+
+def plain_ticks(axes: Any) -> None:
+    """Round numbers on a logarithmic axis of less than a decade."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kit.files import InputError, make_folder, one_line, replacing
 
-NOT_COMPARED = ("out_dir", "overwrite", "device", "context_stride")  # settings that may differ when a run goes on
+# settings that may differ when a run goes on
+NOT_COMPARED = ("out_dir", "overwrite", "device", "context_cache", "final_eval")
 
 
 # ----------------------------------------------------------------------------------------- processes and precision

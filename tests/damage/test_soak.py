@@ -1,4 +1,4 @@
-"""Half an hour of training in the smallest size (pytest --long tests/test_soak.py): the memory stays flat."""
+"""Half an hour of training in the smallest size (pytest --long tests/damage/test_soak.py): the memory stays flat."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import ROOT, TINY
+from conftest import ROOT, TINY
 
 MINUTES, COUNTED = 30, 5  # the resident size swings within a step, so its largest over minutes is what counts
 

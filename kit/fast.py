@@ -1,0 +1,136 @@
+"""Fast forms beside the plain ones that they equal: the loss that never holds the logits, decoding compiled."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB in float32
+LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
+
+
+# -------------------------------------------------------------------------------------------------- head and loss
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in float32 of logits (..., V) against targets (...), -100 left out; 0 if that leaves none."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """next_token_loss(h W^T, targets) without ever holding the (N, V) logits: LOSS_ROWS rows at a time.
+
+    With p = softmax(h W^T) and y the one-hot targets, the gradient of a row's loss for its logits is p - y, so each
+    chunk yields its share of dh = (p - y) W and dW = (p - y)^T h while its logits are at hand; backward only scales.
+    A frozen W gets no dW.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h (N, C), weight (V, C), targets (N,) -> scalar loss in float32; the products are in the dtype of h."""
+        kept = (targets != -100)[:, None]
+        targets = targets.masked_fill(targets == -100, 0)[:, None]
+        dh, W = torch.empty_like(h), weight.to(h.dtype)
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), device=h.device)
+        # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
+        logits = h.new_empty(min(len(h), LOSS_ROWS), len(weight))
+        p = torch.empty_like(logits, dtype=torch.float32)
+        for i in range(0, len(h), LOSS_ROWS):
+            rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
+            logits, p = logits[: len(rows)], p[: len(rows)]  # the last chunk may be shorter
+            p.copy_(torch.mm(rows, W.T, out=logits))
+            torch.log_softmax(p, dim=-1, out=p)
+            total -= (p.gather(1, y) * keep).sum()
+            p.exp_()
+            grad = logits.copy_(p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)))  # p - y
+            torch.mul(grad @ W, keep, out=dh[i : i + LOSS_ROWS])
+            if dw is not None:
+                rows = rows * keep
+                for part, columns in zip(dw.split(LOSS_COLUMNS), grad.split(LOSS_COLUMNS, dim=1), strict=True):
+                    part += columns.T @ rows
+        ctx.count = kept.sum().clamp(min=1)
+        ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
+        return total / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        dh, dw = ctx.saved_tensors
+        scale = grad_output / ctx.count
+        return dh.mul_(scale), None if dw is None else dw.mul_(scale), None
+
+
+def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss in nats of every token, and whether the arg-max is right: (B, T) float32 and bool, for h (B, T, C)."""
+    losses, right = [], []
+    for rows, y in zip(h.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True):
+        logits = (rows @ weight.T).float()  # (LOSS_ROWS, V)
+        losses.append(F.cross_entropy(logits, y, reduction="none", ignore_index=-100))
+        right.append(logits.argmax(dim=-1) == y)
+    return torch.cat(losses).view_as(targets), torch.cat(right).view_as(targets)
+
+
+def safe_exp(loss: float) -> float:
+    """PPL of a mean loss; infinite where exp would fail."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """next_token_loss of the head's logits for h (B, T, C), in the dtype of autocast where that is on."""
+    device_type = h.device.type
+    if torch.is_autocast_enabled(device_type):
+        h = h.to(torch.get_autocast_dtype(device_type))
+    if not torch.is_grad_enabled():
+        return score_tokens(h, weight.to(h.dtype), targets)[0].sum() / (targets != -100).sum().clamp(min=1)
+    return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
+
+
+# --------------------------------------------------------------------------------------------- one decoding step
+
+
+def input_major(model: nn.Module) -> None:
+    """Lay every matrix out as (in, out) in memory, its values and its shape as they are.
+
+    A CPU decodes one row up to twice as fast in float32 from it: the product of a vector then adds up rows of memory.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.T.contiguous().T
+
+
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, whose product with one row x is written as a sum: compiled, that reads W as fast as memory gives it.
+
+    A library's matrix product is made for many rows.
+    """
+    if x.numel() > x.size(-1):
+        return F.linear(x, weight, bias)
+    y = (weight.float() * x.flatten().float()).sum(dim=-1)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class RowLinear(nn.Linear):
+    """A Linear of a model that decodes compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return row_linear(x, self.weight, self.bias)
+
+
+def compile_step(model: Any) -> Any:
+    """model(token, cache=cache) for the tokens (B, 1) after a prompt, compiled: some 30 s at the first ones.
+
+    The position is a symbol in it, so that all tokens run one program. Infini's layer 0 stays outside of it.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RowLinear
+
+    def step(token: Tensor, cache: Any) -> tuple[Tensor, None]:
+        return row_linear(model.hidden_states(token, cache), model.head_weight), None
+
+    # what a row product reads is computed before it, and not again for each of its sums
+    return torch.compile(step, dynamic=True, options={"realize_reads_threshold": 0, "realize_opcount_threshold": 0})

@@ -1,0 +1,269 @@
+"""The baseline: Hugging Face checkpoints in and out, RoPE, sampling, AdamW, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Malicious, make_tokens, randomise
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+import pythia_base
+from kit.files import InputError
+from model_infini import InfiniConfig, InfiniPythiaModel
+from model_mla import MLAConfig, MLAPythiaModel
+from pythia_base import (
+    Cache,
+    PythiaConfig,
+    PythiaModel,
+    draw_token,
+    rotate,
+    stream_tokens,
+)
+from train import make_optimizer
+
+RELEASED: dict[str, Any] = {  # config.json of EleutherAI/pythia-70m
+    "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+    "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 8, "num_hidden_layers": 6,
+    "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+}  # fmt: skip
+TINY = RELEASED | {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "quarter-rotary": TINY,
+    "half-rotary": TINY | {"hidden_size": 48, "num_hidden_layers": 3, "rotary_pct": 0.5, "rotary_emb_base": 500},
+    "full-rotary": TINY | {"num_attention_heads": 2, "num_hidden_layers": 2, "rotary_pct": 1.0, "layer_norm_eps": 1e-3},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def config_of(shape: dict[str, Any]) -> PythiaConfig:
+    """What a config.json in the released spelling says."""
+    renamed = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "rotary_base": "rotary_emb_base"}
+    names = [field.name for field in dataclasses.fields(PythiaConfig)]
+    return PythiaConfig(**{name: shape[renamed.get(name, name)] for name in names})
+
+
+def in_half(model: Any) -> Any:
+    """Random weights, exact in float16."""
+    for parameter in randomise(model).parameters():
+        parameter.data = parameter.data.half().float()
+    return model
+
+
+def make_pythia(shape: dict[str, Any] = TINY) -> PythiaModel:
+    return in_half(PythiaModel(config_of(shape)))
+
+
+# ------------------------------------------------------------------------------------------------------ transformers
+
+
+@torch.no_grad()
+def assert_same_model(ours: PythiaModel, theirs: Any) -> None:
+    """The same logits, in which the first token matters for the last, and the same tokens from greedy decoding."""
+    idx = make_tokens(2, 40)
+    logits = ours(idx)[0]
+    torch.testing.assert_close(logits, theirs.eval()(idx).logits, atol=1e-4, rtol=0)
+    assert (logits - ours(idx.index_fill(1, torch.tensor(0), 7))[0])[:, -1].abs().max() > 0.05
+    theirs.generation_config.eos_token_id = None  # ours decodes to the end
+    expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False)
+    assert torch.equal(ours.generate(idx, max_new_tokens=20, temperature=0.0), expected)
+
+
+@every_shape
+def test_what_is_saved_is_read_by_transformers_and_here_exactly(shape: dict[str, Any], tmp_path: Path) -> None:
+    ours = make_pythia(shape)
+    ours.save_pretrained(tmp_path)
+    assert_same_model(ours, AutoModelForCausalLM.from_pretrained(tmp_path))
+    again = PythiaModel.from_pretrained(str(tmp_path))
+    assert again.config == ours.config
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
+
+
+def released_state(theirs: Any) -> dict[str, Tensor]:
+    """The tensors of a released checkpoint: float16, the head's old name, and each layer's old buffers."""
+    state = {name.replace("lm_head", "embed_out"): tensor.half() for name, tensor in theirs.state_dict().items()}
+    for i in range(theirs.config.num_hidden_layers):
+        attention = f"gpt_neox.layers.{i}.attention"
+        state[f"{attention}.bias"] = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+        state[f"{attention}.masked_bias"] = torch.tensor(-1e4).half()
+        state[f"{attention}.rotary_emb.inv_freq"] = torch.full((2,), 123.0).half()
+    return state
+
+
+def save_released(theirs: Any, shape: dict[str, Any], folder: Path, parts: int = 1) -> None:
+    (folder / "config.json").write_text(json.dumps(shape))
+    state = released_state(theirs)
+    if parts == 1:
+        return torch.save(state, folder / "pytorch_model.bin")
+    names = {name: f"pytorch_model-{i % parts + 1:05}-of-{parts:05}.bin" for i, name in enumerate(sorted(state))}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    for file in set(names.values()):
+        torch.save({name: state[name] for name, where in names.items() if where == file}, folder / file)
+    return None
+
+
+LAYOUTS: dict[str, Callable[[Any, dict[str, Any], Path], Any]] = {
+    "released": save_released,
+    "released-shards": lambda theirs, shape, folder: save_released(theirs, shape, folder, parts=3),
+    "new": lambda theirs, _, folder: theirs.save_pretrained(folder),
+    "new-shards": lambda theirs, _, folder: theirs.save_pretrained(folder, max_shard_size="100KB"),
+}
+
+
+@every_shape
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_transformers_is_read_here(layout: str, shape: dict[str, Any], tmp_path: Path) -> None:
+    """config.json in the released and in the new spelling, pickles and safetensors, in one file and in several."""
+    theirs = in_half(GPTNeoXForCausalLM(GPTNeoXConfig(**shape)))
+    LAYOUTS[layout](theirs, shape, tmp_path)
+    assert ("shards" in layout) == (len([*tmp_path.glob("*.bin"), *tmp_path.glob("*.safetensors")]) > 1)
+    ours = PythiaModel.from_pretrained(str(tmp_path))
+    assert ours.config == config_of(shape)
+    assert_same_model(ours, theirs)
+
+
+def test_a_variant_does_not_pass_itself_off_as_gpt_neox(tmp_path: Path) -> None:
+    variant = MLAPythiaModel(MLAConfig(vocab_size=9, hidden_size=8, num_heads=1, kv_dim=4))
+    with pytest.raises(TypeError, match="MLAPythiaModel is not GPT-NeoX"):
+        variant.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+def malicious_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(Malicious(folder / "executed"), folder / "pytorch_model.bin")
+
+
+def code_of_its_own(folder: Path) -> None:
+    """A config.json that asks for Python beside it."""
+    edit_config(model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})(folder)
+    (folder / "own.py").write_text(
+        f"import os\nfrom transformers import PretrainedConfig\nos.mkdir({str(folder / 'executed')!r})\n"
+        "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {  # what else a folder can hold is in tests/damage
+    "nothing": (shutil.rmtree, "give a folder with config.json"),
+    "another-architecture": (edit_config(model_type="llama"), "model_type='llama'"),
+    "another-activation": (edit_config(hidden_act="relu"), "hidden_act='relu'; Pythia has 'gelu'"),
+    "sequential-residual": (edit_config(use_parallel_residual=False), "use_parallel_residual=False"),
+    "tied": (edit_config(tie_word_embeddings=True), "tie_word_embeddings=True"),
+    "no-biases": (edit_config(attention_bias=False), "attention_bias=False"),
+    "old-scaled-rope": (edit_config(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
+    "new-scaled-rope": (edit_config(rope_parameters={"rope_type": "linear", "factor": 2.0}), "linear"),
+    "odd-rotary": (edit_config(rotary_pct=0.2), "3 dimensions"),
+    "another-depth": (edit_config(num_hidden_layers=7), "do not fit config.json.*layers.6"),
+    "malicious-pickle": (malicious_pickle, "cannot be read as gpt_neox"),
+    "code-of-its-own": (code_of_its_own, "cannot be read as gpt_neox"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_pythia_is_refused(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    """In one line that names the folder, and nothing is executed."""
+    make_pythia().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        PythiaModel.from_pretrained(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+# -------------------------------------------------------------------------------------------------- size, precision
+
+
+def test_parameters_and_layers() -> None:
+    with torch.device("meta"):
+        models = [PythiaModel(PythiaConfig()), MLAPythiaModel(MLAConfig())]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == [70_426_624, 68_448_256]
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_keeps_its_angles_and_slopes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At positions above 256, which bfloat16 does not count; with rounded positions the logits are elsewhere."""
+    model, idx = make_pythia(SHAPES["full-rotary"]), make_tokens(1, 600)
+    exact = model(idx)[0]
+
+    def error() -> float:
+        return ((model(idx)[0].float() - exact).norm() / exact.norm()).item()
+
+    model.bfloat16()
+    kept = error()
+    monkeypatch.setattr(pythia_base, "rotate", lambda x, p, config: rotate(x, p.to(x.dtype), config))
+    assert kept < 0.02 < error()
+    slopes = InfiniPythiaModel(InfiniConfig(alibi_scale=1 / 3, use_alibi=True)).layers[0].attention.bfloat16().slopes
+    expected = torch.tensor([2.0 ** -(h + 1) / 3 for h in range(8)])
+    torch.testing.assert_close(slopes(torch.device("cpu")).flatten(), expected, atol=0, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- sampling and AdamW
+
+LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.5, 0.0, 2.0]])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("top_k", "kept"), [(None, range(6)), (99, range(6)), (3, (1, 3, 5)), (1, (1,))])
+def test_tokens_are_drawn_by_temperature_from_the_top_k(
+    temperature: float, top_k: int | None, kept: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    drawn = draw_token(LOGITS.expand(20_000, -1), temperature, top_k)
+    expected = torch.zeros(6)
+    expected[list(kept)] = (LOGITS[0, list(kept)] / temperature).softmax(dim=0)
+    frequencies = drawn.flatten().bincount(minlength=6) / len(drawn)
+    assert not frequencies[expected == 0].any()
+    torch.testing.assert_close(frequencies, expected, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_padding_rows_of_the_vocabulary_are_never_drawn(temperature: float) -> None:
+    def model(idx: Tensor, cache: Cache) -> tuple[Tensor, None]:
+        return torch.arange(100.0).expand(*idx.shape, -1), None  # the padding rows are the likeliest
+
+    prompt = torch.zeros(4, 2, dtype=torch.long)
+    drawn = torch.cat(list(stream_tokens(model, prompt, Cache([], 0), 50, temperature, num_tokens=90)))
+    assert drawn.shape == (200, 1)
+    assert drawn.max() == 89
+
+
+def test_a_prompt_longer_than_a_prefill_chunk_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, idx = make_pythia(), make_tokens(2, 40)
+    expected = model.generate(idx, max_new_tokens=5, temperature=0.0)
+    monkeypatch.setattr(pythia_base, "PREFILL_TOKENS", 7)
+    assert torch.equal(model.generate(idx, max_new_tokens=5, temperature=0.0), expected)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty prompt"):
+        make_pythia().generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=1, temperature=0.0)
+
+
+def test_only_trained_matrices_decay() -> None:
+    """Not biases, LayerNorms and the scores of banks, which have two dimensions as well; nothing that is frozen."""
+    model = InfiniPythiaModel(InfiniConfig(vocab_size=97, num_memory_banks=2))
+    model.embed_in.requires_grad_(False)
+    optimizer = make_optimizer(model, learning_rate=0.5, weight_decay=0.25, betas=(0.8, 0.9))
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay == {
+        p: 0.25 if p.dim() == 2 and not name.endswith("bank_scores") else 0.0
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {(0.5, (0.8, 0.9))}
