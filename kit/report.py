@@ -67,7 +67,8 @@ class Config:
     @property
     def deviation(self) -> Run:
         """Likewise the sample standard deviation; there are two seeds or more."""
-        return combine(self.runs, lambda values: float(np.std(values, ddof=1)))
+        found = combine(self.runs, lambda values: float(np.std(values, ddof=1)))
+        return {**found, "context_dim": self.mean.get("context_dim")}  # which a rank is divided by
 
     def show(self, text: Show) -> str:
         """A figure as a table has it: -, mean, or mean ± standard deviation."""
@@ -78,10 +79,12 @@ class Config:
 
 
 def combine(values: list[Any], statistic: Callable[[list[float]], float]) -> Any:
-    """A statistic of each number in objects of one form; of what is no number, the first."""
+    """A statistic of each number in objects and lists of one form; of what is no number, the first."""
     first = values[0]
     if isinstance(first, dict):
         return {k: combine([v[k] for v in values], statistic) for k in first if all(k in v for v in values)}
+    if isinstance(first, list):
+        return [combine(list(each), statistic) for each in zip(*values, strict=False)]
     return statistic(values) if isinstance(first, int | float) else first
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kit.report import best_front, figure, group_runs, write_report
+from kit.report import best_front, comparison_table, figure, group_runs, write_report
 
 WINDOWS = {"1": 100.0, "2": 110.0, "after 1": 110.0}
 
@@ -92,6 +92,16 @@ def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> 
     for name in ("tradeoff", "cache", "positions", "training", "long"):
         assert f"![{name}.png]({name}.png)" in page
         assert (tmp_path / "compare" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_of_several_blocks_and_ranks_have_a_spread_over_seeds() -> None:
+    runs = [make_run("c", "cascade", 400.0, 900, seed) for seed in (1, 2)]
+    for run, rate in zip(runs, (0.25, 0.75), strict=True):
+        run |= {"context_convergence_rates": [rate, 1.0], "context_effective_rank": 8 * rate, "context_dim": 10}
+    header, (row,) = comparison_table(group_runs(runs))
+    cells = dict(zip(header, row, strict=True))
+    assert cells["contexts settled"] == "50.0%, 100.0% ± 35.4%, 0.0%"
+    assert cells["contexts' rank"] == "4.0/10 = 40.0% ± 2.8/10 = 28.3%"
 
 
 @pytest.mark.parametrize("part", ["draw_pictures", "report_page"])
