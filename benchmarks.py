@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,12 @@ import torch
 import zstandard
 from tqdm import tqdm
 
+from configurator import load_source
 from kit.fast import safe_exp, score_tokens
 from kit.files import InputError, one_line
-from kit.text import Tokenizer, hub_revision, require_whole_zst
+from kit.report import format_table
+from kit.runs import pick_device
+from kit.text import Tokenizer, hub_revision, load_tokenizer, require_whole_zst
 from prep import HubSet, stream_hub
 
 HUB_TEXTS = {
@@ -37,8 +41,14 @@ HUB_TEXTS = {
     "monology/pile-uncopyrighted": HubSet("monology/pile-uncopyrighted", "default", "test", documents=175_000),
     "NeelNanda/pile-10k": HubSet("NeelNanda/pile-10k", "default", "train", documents=10_000),
 }
+VERIFIED = "EleutherAI/pythia-70m"
+PUBLISHED = {  # of that model: EleutherAI's, with a newer lm-evaluation-harness; of the Pile its first 10,000 documents
+    "lambada_accuracy": 0.1842,
+    "lambada_ppl": 141.3,
+    "pile_word_ppl": 130.6,
+    "pile_bits_per_byte": 1.0493,
+}
 TEXT_TASKS = {"wikitext": "wikitext", "lambada": "lambada", "pile": "pile_test"}  # task -> its setting
-
 
 # --------------------------------------------------------------------------------------------- where they come from
 
@@ -293,3 +303,30 @@ def text_figures(columns: dict[str, np.ndarray]) -> dict[str, float]:
         "documents": len(columns["loss"]),
         "tokens": tokens,
     }
+
+
+# ------------------------------------------------------------------------------------- against published figures
+
+
+def verify(settings: Any, sources: list[str], tasks: Iterable[str]) -> bool:
+    """Hold a model's figures against those published for pythia-70m, and print both; whether all are within tolerance.
+
+    Raises InputError if the weights or the texts cannot be had.
+    """
+    if len(sources) > 1:
+        raise InputError(f"--verify is for one model: {VERIFIED}, or the folder that has it")
+    (source,) = sources or [VERIFIED]
+    tasks = tuple(task for task in tasks if task in ("lambada", "pile"))
+    model, device = load_source(source)[0], pick_device(settings.device)
+    texts = load_texts(replace(settings, pile_test="NeelNanda/pile-10k", pile_documents=None), tasks)
+    tokenizer, block_size = load_tokenizer("neox", settings.data_dir), model.config.max_position_embeddings
+    model.to(device).eval()
+    results = evaluate_benchmarks(model, tasks, texts, tokenizer, block_size, settings.batch_size, device)
+    if missing := results.get("not_measured"):
+        raise InputError(f"nothing can be verified: {'; '.join(missing.values())}")
+    differences = {name: results[name] / PUBLISHED[name] - 1 for name in PUBLISHED if name in results}
+    rows = [[name, f"{PUBLISHED[name]:g}", f"{results[name]:.4f}", f"{d:+.2%}"] for name, d in differences.items()]
+    print(format_table([f"{source}, windows of {block_size}", "published", "measured", "difference"], rows))
+    is_close = all(abs(difference) <= settings.tolerance for difference in differences.values())
+    print(f"\n{'all' if is_close else 'NOT all'} within {settings.tolerance:.1%} of what was published")
+    return is_close

@@ -15,8 +15,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,15 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import Document, Unavailable, evaluate_benchmarks, load_texts
+from benchmarks import evaluate_benchmarks, load_texts, verify
 from configurator import baseline_config, build_model, load_source, parse_settings
 from kit.contexts import exact_contexts
 from kit.fast import safe_exp, score_tokens
 from kit.files import InputError, make_folder, run
-from kit.report import AFTER_FIRST, format_comparison, format_table, write_report
+from kit.report import AFTER_FIRST, format_comparison, write_report
 from kit.runs import pick_device
 from kit.text import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer
-from kit.tokens import TokenFile, document_bounds, load_tokens
+from kit.tokens import TokenFile, document_bounds, load_tokens, window_batch
 from model_context import effective_rank, settled_share
 from prep import PrepSettings
 from pythia_base import stream_tokens
@@ -47,13 +47,6 @@ SPEED_REPEATS = 3
 CONTEXT_TOKENS = 100_000  # whose contexts are looked at, unless the checkpoint says how many phase 1 took
 LONG_WINDOWS = 8  # windows of a long document that are scored, 4,096 tokens at a block_size of 512
 POSITION_EDGES = (0, 16, 32, 64, 96)  # position ranges of the window; the last one ends with the window
-VERIFIED = "EleutherAI/pythia-70m"
-PUBLISHED = {  # of that model: EleutherAI's, with a newer lm-evaluation-harness; of the Pile its first 10,000 documents
-    "lambada_accuracy": 0.1842,
-    "lambada_ppl": 141.3,
-    "pile_word_ppl": 130.6,
-    "pile_bits_per_byte": 1.0493,
-}
 PPL_MEANING = (
     (5, "abnormal: a leak or a causal-mask error, inspect the code"),
     (30, "suspicious: overfitting possible, check data volume and split"),
@@ -62,6 +55,8 @@ PPL_MEANING = (
     (1000, "still falling"),
     (math.inf, "undertrained: more steps or another learning rate"),
 )
+Figures = dict[str, Any]
+Run = tuple[str, Any, dict[str, Any]]  # name, model, contents of its checkpoint, empty where there is none
 
 
 @dataclass(frozen=True)
@@ -84,67 +79,49 @@ class EvalSettings:
     tolerance: NonNegativeFloat = 0.01  # how far, relatively, --verify lets a figure be from the published one
 
 
-def ppl_meaning(ppl: float) -> str:
-    """What a perplexity says about a run; it presumes a subword vocabulary of about 50,000."""
-    return next((meaning for limit, meaning in PPL_MEANING if ppl < limit), PPL_MEANING[-1][1])
-
-
 # ------------------------------------------------------------------------------------------------ validation data
 
 
-def eval_windows(num_tokens: int, block_size: int) -> list[tuple[int, int]]:
-    """(start, end) of windows whose targets cover every token but the first exactly once; the last may be short."""
-    return [(s, min(s + block_size, num_tokens - 1)) for s in range(0, num_tokens - 1, block_size)]
-
-
-def window_batches(
-    tokens: np.ndarray, windows: list[tuple[int, int]], batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (B, T) of windows, those of equal length together."""
-    for first in range(0, len(windows), batch_size):
-        group = windows[first : first + batch_size]
-        while group:
-            width = group[0][1] - group[0][0]
-            alike = [w for w in group if w[1] - w[0] == width]
-            group = [w for w in group if w[1] - w[0] != width]
-            rows = torch.from_numpy(np.stack([tokens[s : e + 1] for s, e in alike]).astype(np.int64)).to(device)
-            yield rows[:, :-1], rows[:, 1:]
+def windows(tokens: np.ndarray, block_size: int, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Windows, batch_size at a time, whose targets are every token but the first, once; the last one may be short."""
+    starts = np.arange(0, len(tokens) - block_size, block_size)
+    for first in range(0, len(starts), batch_size):
+        yield window_batch(tokens, starts[first : first + batch_size], block_size, device)
+    if rest := (len(tokens) - 1) % block_size:
+        yield window_batch(tokens, np.array([len(tokens) - 1 - rest]), rest, device)
 
 
 @torch.inference_mode()
-def evaluate_val(
-    model: Any, tokens: np.ndarray, block_size: int, batch_size: int, device: torch.device
-) -> dict[str, Any]:
+def evaluate_val(model: Any, tokens: np.ndarray, block_size: int, batch_size: int, device: torch.device) -> Figures:
     """Loss, PPL, accuracy and position-wise PPL over all of a token file, each token counted once."""
-    windows = eval_windows(len(tokens), block_size)
-    loss, right, count = (np.zeros(block_size) for _ in range(3))  # per position of the window
-    progress = tqdm(desc="validation", total=len(tokens) - 1, unit="tok", unit_scale=True, leave=False, mininterval=1)
-    for idx, targets in window_batches(tokens, windows, batch_size, device):
-        losses, correct = score_tokens(model.hidden_states(idx), model.head_weight, targets)
-        T = idx.size(1)
-        loss[:T] += losses.double().sum(0).cpu().numpy()
-        right[:T] += correct.sum(0).cpu().numpy()
-        count[:T] += idx.size(0)
-        progress.update(idx.numel())
-    progress.close()
+    loss, right, count = np.zeros((3, block_size))  # per position of the window
+    with tqdm(desc="validation", total=len(tokens) - 1, unit="tok", unit_scale=True, leave=False, mininterval=1) as bar:
+        for batch in windows(tokens, block_size, batch_size, device):
+            losses, correct = score_tokens(model.hidden_states(batch["idx"]), model.head_weight, batch["targets"])
+            B, T = losses.shape
+            loss[:T] += losses.double().sum(0).cpu().numpy()
+            right[:T] += correct.sum(0).cpu().numpy()
+            count[:T] += B
+            bar.update(B * T)
+    edges = [e for e in POSITION_EDGES if e < block_size] + [block_size]
+    ranges = [(a, b) for a, b in itertools.pairwise(edges) if count[a:b].any()]
     mean = loss.sum() / count.sum()
     return {
         "val_loss": mean,
         "val_ppl": safe_exp(mean),
         "val_accuracy": right.sum() / count.sum(),
         "val_tokens": int(count.sum()),
-        "position_ppl": position_ppl(loss, count),
+        "ppl_meaning": ppl_meaning(safe_exp(mean)),
+        "position_ppl": {f"{a}-{b}": safe_exp(loss[a:b].sum() / count[a:b].sum()) for a, b in ranges},
     }
 
 
-def position_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
-    """PPL per position range of the window, from losses and counts per position."""
-    edges = [e for e in POSITION_EDGES if e < len(loss)] + [len(loss)]
-    ranges = [(a, b) for a, b in itertools.pairwise(edges) if count[a:b].sum()]
-    return {f"{a}-{b}": safe_exp(loss[a:b].sum() / count[a:b].sum()) for a, b in ranges}
+def ppl_meaning(ppl: float) -> str:
+    """What a perplexity says about a run; it presumes a subword vocabulary of about 50,000."""
+    return next((meaning for limit, meaning in PPL_MEANING if ppl < limit), PPL_MEANING[-1][1])
 
 
-# ------------------------------------------------------------------------------------------------ long documents
+# ------------------------------------------------------------------------------------------------- long documents
 
 
 def long_documents(data: TokenFile, block_size: int) -> list[tuple[int, int]]:
@@ -155,44 +132,7 @@ def long_documents(data: TokenFile, block_size: int) -> list[tuple[int, int]]:
     return [(int(starts[i]), int(starts[i] + lengths[i])) for i in order]
 
 
-def document_batches(
-    tokens: np.ndarray, documents: list[tuple[int, int]], block_size: int, batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (B, whole windows) of documents, a row each; after a row's end its targets are -100."""
-    for first in range(0, len(documents), batch_size):
-        group = documents[first : first + batch_size]
-        width = -(-max(e - s for s, e in group) // block_size) * block_size
-        idx, targets = np.zeros((len(group), width), np.int64), np.full((len(group), width), -100)
-        for row, (s, e) in enumerate(group):
-            idx[row, : e - s], targets[row, : e - s] = tokens[s:e], tokens[s + 1 : e + 1]
-        yield torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
-
-
-@torch.inference_mode()
-def score_documents(
-    model: Any,
-    tokens: np.ndarray,
-    documents: list[tuple[int, int]],
-    block_size: int,
-    batch_size: int,
-    device: torch.device,
-    carry: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss and number of tokens per window of the documents; carry takes the memory from window to window."""
-    num_windows = math.ceil(max(e - s for s, e in documents) / block_size)
-    loss, count = np.zeros(num_windows), np.zeros(num_windows, np.int64)
-    for idx, targets in document_batches(tokens, documents, block_size, batch_size, device):
-        inputs = {"memory": model.init_memory(len(idx))} if carry else {}
-        for w, (x, y) in enumerate(zip(idx.split(block_size, 1), targets.split(block_size, 1), strict=True)):
-            losses, _ = score_tokens(model.hidden_states(x, **inputs), model.head_weight, y)
-            loss[w] += losses.double().sum().item()
-            count[w] += (y != -100).sum().item()
-    return loss, count
-
-
-def evaluate_long(
-    model: Any, data: TokenFile, block_size: int, batch_size: int, device: torch.device
-) -> dict[str, dict[str, float]]:
+def evaluate_long(model: Any, data: TokenFile, block_size: int, batch_size: int, device: torch.device) -> Figures:
     """PPL of long documents per window: the memory carried from window to window, and the memory reset before each.
 
     A model without memory sees its window. Where no document is long enough, nothing is measured.
@@ -203,17 +143,35 @@ def evaluate_long(
     if has_memory and block_size % model.config.segment_len:
         print(f"long documents: not measured, windows of {block_size} end within a segment", file=sys.stderr)
         return {}
-    arguments = (model, data.tokens, documents, block_size, batch_size, device)
-    loss, count = score_documents(*arguments, carry=has_memory)
+    groups = [documents[first : first + batch_size] for first in range(0, len(documents), batch_size)]
+    figures: Figures = {}
+    for key, carry in (("long_ppl", has_memory), ("long_ppl_reset", False))[: 1 + has_memory]:
+        loss, count = document_losses(model, data.tokens, groups, block_size, device, carry)
+        figures["long_tokens"] = tokens = by_window(count)
+        figures[key] = {w: safe_exp(total / tokens[w]) for w, total in by_window(loss).items()}
     reached = np.array([sum(e - s > w * block_size for s, e in documents) for w in range(len(count))])
-    results = {
-        "long_documents": {**by_window(reached), AFTER_FIRST: len(documents)},
-        "long_tokens": by_window(count),
-        "long_ppl": window_ppl(loss, count),
-    }
-    if has_memory:
-        results["long_ppl_reset"] = window_ppl(*score_documents(*arguments, carry=False))
-    return results
+    return {**figures, "long_documents": {**by_window(reached), AFTER_FIRST: len(documents)}}
+
+
+@torch.inference_mode()
+def document_losses(
+    model: Any, tokens: np.ndarray, groups: list[list[tuple[int, int]]], size: int, device: torch.device, carry: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and number of tokens per window of the documents, a row each; carry keeps the memory in between."""
+    num_windows = math.ceil(max(e - s for group in groups for s, e in group) / size)
+    loss, count = np.zeros(num_windows), np.zeros(num_windows, np.int64)
+    for group in groups:
+        memory = {"memory": model.init_memory(len(group))} if carry else {}
+        for w in range(math.ceil(max(e - s for s, e in group) / size)):
+            idx, targets = np.zeros((len(group), size), np.int64), np.full((len(group), size), -100)
+            for row, (s, e) in enumerate(group):  # targets after a document's end stay -100
+                start, n = s + w * size, max(min(e - s - w * size, size), 0)
+                idx[row, :n], targets[row, :n] = tokens[start : start + n], tokens[start + 1 : start + n + 1]
+            h = model.hidden_states(torch.from_numpy(idx).to(device), **memory)
+            losses, _ = score_tokens(h, model.head_weight, torch.from_numpy(targets).to(device))
+            loss[w] += losses.double().sum().item()
+            count[w] += (targets != -100).sum()
+    return loss, count
 
 
 def by_window(sums: np.ndarray) -> dict[str, float]:
@@ -221,16 +179,8 @@ def by_window(sums: np.ndarray) -> dict[str, float]:
     return {**{str(w): value for w, value in enumerate(sums.tolist(), 1)}, AFTER_FIRST: sums[1:].sum().item()}
 
 
-def window_ppl(loss: np.ndarray, count: np.ndarray) -> dict[str, float]:
-    losses, tokens = by_window(loss), by_window(count)
-    return {where: safe_exp(losses[where] / tokens[where]) for where in tokens}
-
-
-# ------------------------------------------------------------------------------------------------------- contexts
-
-
 @torch.no_grad()
-def evaluate_contexts(model: Any, tokens: np.ndarray, trained: list[dict[str, Any]]) -> dict[str, Any]:
+def evaluate_contexts(model: Any, tokens: np.ndarray, trained: list[dict[str, Any]]) -> Figures:
     """Effective rank of a model's contexts on the start of a token file, for each block and for all.
 
     Also whether they settle, where the checkpoint says how phase 1 trained each block.
@@ -239,20 +189,17 @@ def evaluate_contexts(model: Any, tokens: np.ndarray, trained: list[dict[str, An
     ids, table = torch.from_numpy(tokens[:num_tokens].astype(np.int64)), model.embed_in.weight
     contexts = [exact_contexts(block, table, ids) for block in model.context_blocks]
     together = torch.cat(contexts, dim=1)
-    results: dict[str, Any] = {
+    figures: Figures = {
         "context_effective_ranks": [effective_rank(each) for each in contexts],
         "context_dim": together.size(1),
         "context_effective_rank": effective_rank(together),
     }
     if len(trained) == len(contexts):
-        results["context_convergence_rates"] = [
+        figures["context_convergence_rates"] = [
             settled_share(block, table, ids, **{key: how[key] for key in ("iterations", "noise", "threshold")})
             for block, how in zip(model.context_blocks, trained, strict=True)
         ]
-    return results
-
-
-# ------------------------------------------------------------------------------------------------ reversal curse
+    return figures
 
 
 def evaluate_reversal_curse(
@@ -264,18 +211,13 @@ def evaluate_reversal_curse(
     after a leading end-of-text token. ratio = forward / backward (nearer 1 is better), gap = backward - forward (nearer
     0 is better). The answer figures score the answer's tokens alone: the B of "A is B.", the A of "B is A.".
     """
-    forward, forward_answer = sentence_ppl(model, tokenizer, [(p.forward, p.forward_answer) for p in pairs], device)
-    backward, backward_answer = sentence_ppl(model, tokenizer, [(p.backward, p.backward_answer) for p in pairs], device)
-    return {
-        "reversal_forward_ppl": forward,
-        "reversal_backward_ppl": backward,
-        "reversal_ratio": forward / backward,
-        "reversal_gap": backward - forward,
-        "reversal_forward_answer_ppl": forward_answer,
-        "reversal_backward_answer_ppl": backward_answer,
-        "reversal_answer_ratio": forward_answer / backward_answer,
-        "reversal_answer_gap": backward_answer - forward_answer,
-    }
+    forward = sentence_ppl(model, tokenizer, [(p.forward, p.forward_answer) for p in pairs], device)
+    backward = sentence_ppl(model, tokenizer, [(p.backward, p.backward_answer) for p in pairs], device)
+    figures: dict[str, float] = {}
+    for part, f, b in zip(("", "answer_"), forward, backward, strict=True):
+        figures |= {f"reversal_forward_{part}ppl": f, f"reversal_backward_{part}ppl": b}
+        figures |= {f"reversal_{part}ratio": f / b, f"reversal_{part}gap": b - f}
+    return figures
 
 
 @torch.inference_mode()
@@ -283,20 +225,16 @@ def sentence_ppl(
     model: Any, tokenizer: Tokenizer, sentences: list[tuple[str, str]], device: torch.device
 ) -> tuple[float, float]:
     """PPL of whole sentences and of their answers alone, for (sentence, answer before its full stop) pairs."""
-    ids = [tokenizer.encode(sentence) for sentence, _ in sentences]
-    spans = [answer_span(tokenizer, *sentence) for sentence in sentences]
-    longest = max(map(len, ids))
+    ids = [[tokenizer.end_of_text, *tokenizer.encode(sentence)] for sentence, _ in sentences]
+    longest = max(map(len, ids)) - 1
     idx = torch.zeros(len(ids), longest, dtype=torch.long)  # rows are padded on the right, which nothing before sees
-    targets = torch.full((len(ids), longest), -100)
-    for row, sentence in enumerate(ids):
-        idx[row, : len(sentence)] = torch.tensor([tokenizer.end_of_text, *sentence[:-1]])
-        targets[row, : len(sentence)] = torch.tensor(sentence)
-    scored = targets != -100
-    starts, ends = torch.tensor(spans)[..., None].unbind(1)
-    answers = (torch.arange(longest) >= starts) & (torch.arange(longest) < ends)
+    targets, answers = torch.full_like(idx, -100), torch.zeros_like(idx, dtype=torch.bool)
+    for row, each in enumerate(ids):
+        idx[row, : len(each) - 1], targets[row, : len(each) - 1] = torch.tensor(each[:-1]), torch.tensor(each[1:])
+        answers[row, slice(*answer_span(tokenizer, *sentences[row]))] = True
     losses, _ = score_tokens(model.hidden_states(idx.to(device)), model.head_weight, targets.to(device))
     losses = losses.cpu().double()
-    means = [(torch.where(mask, losses, 0).sum(1) / mask.sum(1)).mean().item() for mask in (scored, answers)]
+    means = [(torch.where(mask, losses, 0).sum(1) / mask.sum(1)).mean().item() for mask in (targets != -100, answers)]
     return safe_exp(means[0]), safe_exp(means[1])
 
 
@@ -307,31 +245,20 @@ def answer_span(tokenizer: Tokenizer, sentence: str, answer: str) -> tuple[int, 
     return len(tokenizer.encode(before)), len(tokenizer.encode(through))
 
 
-# ------------------------------------------------------------------------------------------------------ the cache
+# ------------------------------------------------------------------------------------- cache, speed, parameters
 
 
-def evaluate_cache(model: Any) -> dict[str, Any]:
+def evaluate_cache(model: Any) -> Figures:
     """Bytes that init_cache allocates for one row, per length and per token, beside the baseline of the same widths."""
     with torch.device("meta"):
         baseline = build_model("pythia", baseline_config(model.config))
-    ours = {n: model.init_cache(1, n).nbytes for n in CACHE_LENGTHS}
-    theirs = {n: baseline.init_cache(1, n).nbytes for n in CACHE_LENGTHS}
+    ours, theirs = ({str(n): m.init_cache(1, n).nbytes for n in CACHE_LENGTHS} for m in (model, baseline))
     return {
-        "cache_bytes": {str(n): ours[n] for n in CACHE_LENGTHS},
-        "cache_bytes_per_token": {str(n): ours[n] / n for n in CACHE_LENGTHS},
-        "baseline_cache_bytes_per_token": {str(n): theirs[n] / n for n in CACHE_LENGTHS},
-        "cache_saved": {str(n): 1 - ours[n] / theirs[n] for n in CACHE_LENGTHS},
+        "cache_bytes": ours,
+        "cache_bytes_per_token": {n: ours[n] / int(n) for n in ours},
+        "baseline_cache_bytes_per_token": {n: theirs[n] / int(n) for n in theirs},
+        "cache_saved": {n: 1 - ours[n] / theirs[n] for n in ours},
     }
-
-
-def generation_peak(model: Any, tokens: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Bytes that CUDA has allocated at the peak of generating text up to each length, the weights among them."""
-    results: dict[str, Any] = {"cuda_bytes_before": torch.cuda.memory_allocated(device), "cuda_peak_bytes": {}}
-    for n in CACHE_LENGTHS:
-        torch.cuda.reset_peak_memory_stats(device)
-        model.generate(prompt(tokens, n - DECODE_TOKENS, device), DECODE_TOKENS, temperature=0.0)
-        results["cuda_peak_bytes"][str(n)] = torch.cuda.max_memory_allocated(device)
-    return results
 
 
 def prompt(tokens: np.ndarray, n: int, device: torch.device) -> Tensor:
@@ -339,13 +266,23 @@ def prompt(tokens: np.ndarray, n: int, device: torch.device) -> Tensor:
     return torch.from_numpy(np.resize(tokens[:n], n).astype(np.int64))[None].to(device)
 
 
-def evaluate_speed(model: Any, tokens: np.ndarray, device: torch.device) -> dict[str, Any]:
+def generation_peak(model: Any, tokens: np.ndarray, device: torch.device) -> Figures:
+    """Bytes that CUDA has allocated at the peak of generating text up to each length, the weights among them."""
+    figures: Figures = {"cuda_bytes_before": torch.cuda.memory_allocated(device), "cuda_peak_bytes": {}}
+    for n in CACHE_LENGTHS:
+        torch.cuda.reset_peak_memory_stats(device)
+        model.generate(prompt(tokens, n - DECODE_TOKENS, device), DECODE_TOKENS, temperature=0.0)
+        figures["cuda_peak_bytes"][str(n)] = torch.cuda.max_memory_allocated(device)
+    return figures
+
+
+def evaluate_speed(model: Any, tokens: np.ndarray, device: torch.device) -> Figures:
     """Tokens per second of reading a prompt, and of generating after it, one row of each of CACHE_LENGTHS.
 
     Beyond max_position_embeddings a model is timed all the same; what it would say there is not asked. Medians.
     """
-    speeds: dict[str, dict[str, float]] = {"prefill_tokens_per_s": {}, "decode_tokens_per_s": {}}
-    model.generate(prompt(tokens, CACHE_LENGTHS[0], device), DECODE_TOKENS, temperature=0.0)  # warms up
+    speeds: Figures = {"prefill_tokens_per_s": {}, "decode_tokens_per_s": {}}
+    generation_times(model, prompt(tokens, CACHE_LENGTHS[0], device))  # warms up
     for n in tqdm(CACHE_LENGTHS, desc="speed", leave=False):
         times = [generation_times(model, prompt(tokens, n, device)) for _ in range(SPEED_REPEATS)]
         prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))
@@ -357,20 +294,13 @@ def evaluate_speed(model: Any, tokens: np.ndarray, device: torch.device) -> dict
 def generation_times(model: Any, idx: Tensor) -> tuple[float, float]:
     """Seconds until the first token after a prompt (1, T) is drawn, and for DECODE_TOKENS more."""
     cache = model.init_cache(1, idx.size(1) + DECODE_TOKENS)
-    tokens = stream_tokens(model, idx, cache, 1 + DECODE_TOKENS, temperature=0.0)
-    started = now(idx.device)
-    next(tokens)
-    first = now(idx.device)
-    for _ in tokens:
-        pass
-    return first - started, now(idx.device) - first
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all that was asked of it."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
+    clock = [time.perf_counter()]
+    for number, _ in enumerate(stream_tokens(model, idx, cache, 1 + DECODE_TOKENS, temperature=0.0)):
+        if number in (0, DECODE_TOKENS):
+            if idx.device.type != "cpu":
+                torch.accelerator.synchronize(idx.device)
+            clock.append(time.perf_counter())
+    return clock[1] - clock[0], clock[2] - clock[1]
 
 
 def count_parameters(model: Any) -> dict[str, int]:
@@ -383,124 +313,90 @@ def count_parameters(model: Any) -> dict[str, int]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- one model
+# ----------------------------------------------------------------------------------------------------- one model
 
 
 def evaluate_model(
-    model: Any,
-    tasks: tuple[str, ...],
-    data_folder: Path,
-    data_dir: str,
-    block_size: int,
-    batch_size: int,
-    device: torch.device,
-    texts: Mapping[str, list[Document] | Unavailable],
-    context_blocks: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """All metrics of the tasks for one model, moved to the device, in float32; texts are those of the benchmarks.
+    model: Any, val: TokenFile, tokenizer: Tokenizer, block_size: int, batch_size: int, trained: list[dict[str, Any]],
+    tasks: tuple[str, ...] = RUN_TASKS, texts: dict[str, Any] | None = None,
+) -> Figures:  # fmt: skip
+    """All figures of the tasks for one model on its device, in float32.
 
-    context_blocks: how phase 1 trained the model's ContextBlocks, as its checkpoint has it.
+    trained: how phase 1 trained its ContextBlocks, as its checkpoint has it; texts: those of the benchmarks among the
+    tasks. Raises InputError if the tokenizer has ids that the model has not.
     """
-    model = model.to(device).eval()
-    data = load_tokens(data_folder, "val")
-    tokenizer = load_tokenizer(data.meta["tokenizer"], data_dir)
-    if tokenizer.n_vocab > model.config.vocab_size:
+    if tokenizer.n_vocab > (rows := model.config.vocab_size):
         raise InputError(
-            f"{data_folder} holds {tokenizer.name} tokens, {tokenizer.n_vocab} of them; "
-            f"the model has {model.config.vocab_size} rows"
+            f"{val.path} holds {tokenizer.name} tokens, {tokenizer.n_vocab} of them; the model has {rows} rows"
         )
-    results: dict[str, Any] = count_parameters(model)
+    model.eval()
+    device = model.head_weight.device
+    figures: Figures = count_parameters(model)
     if "val" in tasks:
-        results |= evaluate_val(model, data.tokens, block_size, batch_size, device)
-        results["ppl_meaning"] = ppl_meaning(results["val_ppl"])
-        if hasattr(model, "context_blocks"):
-            results |= evaluate_contexts(model, data.tokens, context_blocks)
+        figures |= evaluate_val(model, val.tokens, block_size, batch_size, device)
+        figures |= evaluate_contexts(model, val.tokens, trained) if hasattr(model, "context_blocks") else {}
     if "reversal" in tasks:
-        results |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), device)
-    results |= evaluate_benchmarks(model, tasks, texts, tokenizer, block_size, batch_size, device)
+        figures |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), device)
+    figures |= evaluate_benchmarks(model, tasks, texts or {}, tokenizer, block_size, batch_size, device)
     if "long" in tasks:
-        results |= evaluate_long(model, data, block_size, batch_size, device)
+        figures |= evaluate_long(model, val, block_size, batch_size, device)
     if "cache" in tasks:
-        results |= evaluate_cache(model)
-        if device.type == "cuda":
-            results |= generation_peak(model, data.tokens, device)
+        figures |= evaluate_cache(model)
+        figures |= generation_peak(model, val.tokens, device) if device.type == "cuda" else {}
     if "speed" in tasks:
-        results |= evaluate_speed(model, data.tokens, device)
-    return results
+        figures |= evaluate_speed(model, val.tokens, device)
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def open_runs(sources: list[str], allow_untrained: bool) -> list[tuple[str, Any, dict[str, Any]]]:
-    """(name, model, its checkpoint's contents) of each run. Raises InputError for a model that was never trained."""
+def open_runs(sources: list[str], allow_untrained: bool) -> list[Run]:
+    """The runs, by name. Raises InputError for a model that was never trained."""
     runs = []
     for source in sources:
         model, checkpoint = load_source(source)
-        # a run of phase 1 trains no head
-        untrained = checkpoint and (checkpoint["iter_num"] == 0 or checkpoint["config"]["phase"] == "phase1")
-        if untrained and not allow_untrained:
+        phase = checkpoint["config"]["phase"] if checkpoint else ""
+        if checkpoint and (checkpoint["iter_num"] == 0 or phase == "phase1") and not allow_untrained:
             raise InputError(f"{source} was never trained on text; --allow_untrained scores it all the same")
-        if checkpoint and checkpoint["config"]["phase"] == "phase2":
+        if phase == "phase2":
             model.freeze_for_phase2()  # what is counted as trainable is what was trained
         runs.append((source, model, checkpoint or {}))
     return runs
 
 
-def data_of(settings: EvalSettings, runs: list[tuple[str, Any, dict[str, Any]]]) -> tuple[Path, int]:
-    """The data folder and the window that all runs are scored with. Raises InputError where they do not fit."""
+def data_of(settings: EvalSettings, runs: list[Run]) -> tuple[TokenFile, int]:
+    """The validation data and the window that all runs are scored with. Raises InputError where they do not fit."""
     configs = [checkpoint["config"] for _, _, checkpoint in runs if checkpoint]
     dataset = settings.dataset or (configs[0]["dataset"] if configs else PrepSettings.dataset)
-    folder = Path(settings.data_dir, dataset)
-    meta = load_tokens(folder, "val").meta
-    tokenizer = meta["tokenizer"]
-    for source, model, checkpoint in runs:
-        if meta["max_id"] >= (rows := model.config.vocab_size):
-            raise InputError(f"{folder} holds token id {meta['max_id']}, outside the {rows} rows of {source}")
-        theirs = checkpoint["data"]["tokenizer"] if checkpoint else tokenizer
-        if theirs != tokenizer:
-            raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
-    lengths = [c.get("config", {}).get("block_size", m.config.max_position_embeddings) for _, m, c in runs]
-    block_size = settings.block_size or min(lengths)
+    val = load_tokens(Path(settings.data_dir, dataset), "val")
+    folder, tokenizer = val.path.parent, val.meta["tokenizer"]
     limits = {source: model.config.max_position_embeddings for source, model, _ in runs}
-    for source, limit in limits.items():
-        if block_size > limit:
-            raise InputError(f"block_size={block_size} is above {source}'s limit of {limit}")
-    return folder, block_size
+    trained = [config["block_size"] for config in configs if "block_size" in config]  # phase 1 knows no windows
+    block_size = settings.block_size or min([*limits.values(), *trained])
+    for source, model, checkpoint in runs:
+        if val.meta["max_id"] >= (rows := model.config.vocab_size):
+            raise InputError(f"{folder} holds token id {val.meta['max_id']}, outside the {rows} rows of {source}")
+        if checkpoint and (theirs := checkpoint["data"]["tokenizer"]) != tokenizer:
+            raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
+        if block_size > limits[source]:
+            raise InputError(f"block_size={block_size} is above {source}'s limit of {limits[source]}")
+    return val, block_size
 
 
-def chosen_tasks(text: str) -> tuple[str, ...]:
-    """--tasks=val,reversal -> the tasks. Raises InputError at one that does not exist."""
-    tasks = TASKS if text == "all" else tuple(text.split(","))
-    for task in tasks:
-        if task not in TASKS:
-            raise InputError(f"no task {task!r}: choose from {', '.join(TASKS)}")
-    return tasks
-
-
-def about(source: str, model: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def about(source: str, model: Any, checkpoint: dict[str, Any]) -> Figures:
     """Which weights a row stands for, and what they were trained on; of Hugging Face's only the former is known."""
-    file = Path(source, "ckpt.pt")
-    row: dict[str, Any] = {
-        "run": source,
-        "model": type(model).__name__,
-        "checkpoint": str(file if file.is_file() else source),
-        "weights_sha256": weights_digest(model),
-    }
+    file, digest = Path(source, "ckpt.pt"), hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().numpy())
+    row: Figures = {"run": source, "model": type(model).__name__, "checkpoint": str(file if file.is_file() else source)}
+    row["weights_sha256"] = digest.hexdigest()
     if checkpoint:
         row |= {name: checkpoint[name] for name in ("tokens_seen", "parents", "commit", "data")}
         row |= {"steps": checkpoint["iter_num"], "seed": checkpoint["config"]["seed"]}
         row["settings"] = {**checkpoint["config"], "model_args": checkpoint["model_args"]}
     return row
-
-
-def weights_digest(model: Any) -> str:
-    """SHA-256 of all weights and their names."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def training_differences(rows: list[dict[str, Any]]) -> list[str]:
@@ -517,52 +413,28 @@ def training_differences(rows: list[dict[str, Any]]) -> list[str]:
     return [f"not trained on the same tokens: {differences}"]
 
 
-def verify(settings: EvalSettings, source: str) -> bool:
-    """Hold a model's figures against those published for pythia-70m, and print both; whether all are within tolerance.
-
-    Raises InputError if the weights or the texts cannot be had.
-    """
-    settings = replace(settings, pile_test="NeelNanda/pile-10k", pile_documents=None)
-    tasks = tuple(task for task in chosen_tasks(settings.tasks) if task in ("lambada", "pile"))
-    model, device = load_source(source)[0], pick_device(settings.device)
-    texts = load_texts(settings, tasks)
-    tokenizer, block_size = load_tokenizer("neox", settings.data_dir), model.config.max_position_embeddings
-    model.to(device).eval()
-    results = evaluate_benchmarks(model, tasks, texts, tokenizer, block_size, settings.batch_size, device)
-    if missing := results.get("not_measured"):
-        raise InputError(f"nothing can be verified: {'; '.join(missing.values())}")
-    differences = {name: results[name] / PUBLISHED[name] - 1 for name in PUBLISHED if name in results}
-    rows = [[name, f"{PUBLISHED[name]:g}", f"{results[name]:.4f}", f"{d:+.2%}"] for name, d in differences.items()]
-    print(format_table([f"{source}, windows of {block_size}", "published", "measured", "difference"], rows))
-    is_close = all(abs(difference) <= settings.tolerance for difference in differences.values())
-    print(f"\n{'all' if is_close else 'NOT all'} within {settings.tolerance:.1%} of what was published")
-    return is_close
-
-
 def main() -> None:
     settings, sources = parse_settings(EvalSettings, sys.argv[1:], takes="RUN [RUN ...]")
+    tasks = TASKS if settings.tasks == "all" else tuple(settings.tasks.split(","))
+    if unknown := set(tasks) - set(TASKS):
+        raise InputError(f"no task {min(unknown)!r}: choose from {', '.join(TASKS)}")
     if settings.verify:
-        if len(sources) > 1:
-            raise InputError("--verify is for one model: EleutherAI/pythia-70m, or the folder that has it")
-        sys.exit(0 if verify(settings, (sources or [VERIFIED])[0]) else 1)
+        sys.exit(0 if verify(settings, sources, tasks) else 1)
     if not sources:
         raise InputError("name at least one run: python eval.py out/pythia-laptop")
-    tasks, device = chosen_tasks(settings.tasks), pick_device(settings.device)
-    runs = open_runs(sources, settings.allow_untrained)
-    folder, block_size = data_of(settings, runs)
-    out_dir = Path(settings.out_dir)
-    make_folder(out_dir)
-    texts = load_texts(settings, tasks)
-    results = [about(*each) for each in runs]
-    warnings = training_differences(results)
-    for row, (source, model, checkpoint) in zip(results, runs, strict=True):
-        print(f"scoring {source} on {folder} in windows of {block_size}", file=sys.stderr)
-        row |= evaluate_model(
-            model, tasks, folder, settings.data_dir, block_size, settings.batch_size, device, texts,
-            checkpoint.get("context_blocks", []),
-        )  # fmt: skip
-    print("\n\n".join([*warnings, format_comparison(results)]), flush=True)  # first: the disk may be full
-    write_report({"block_size": block_size, "data": str(folder), "warnings": warnings, "runs": results}, out_dir)
+    device, runs = pick_device(settings.device), open_runs(sources, settings.allow_untrained)
+    val, block_size = data_of(settings, runs)
+    make_folder(out_dir := Path(settings.out_dir))
+    texts, tokenizer = load_texts(settings, tasks), load_tokenizer(val.meta["tokenizer"], settings.data_dir)
+    rows = []
+    for source, model, checkpoint in runs:
+        print(f"scoring {source} on {val.path.parent} in windows of {block_size}", file=sys.stderr)
+        trained = checkpoint.get("context_blocks", [])
+        arguments = (model.to(device), val, tokenizer, block_size, settings.batch_size, trained, tasks, texts)
+        rows.append({**about(source, model, checkpoint), **evaluate_model(*arguments)})
+    warnings, folder = training_differences(rows), str(val.path.parent)
+    print("\n\n".join([*warnings, format_comparison(rows)]), flush=True)  # first: the disk may be full
+    write_report({"block_size": block_size, "data": folder, "warnings": warnings, "runs": rows}, out_dir)
     print(f"\nwritten to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")
 
 

@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import Job, build_model, load_source, parse_train
-from eval import RUN_TASKS, evaluate_contexts, evaluate_model
+from eval import evaluate_contexts, evaluate_model
 from kit.contexts import ContextSettings, context_cache, exact_contexts, window_contexts, window_error
 from kit.fast import safe_exp
 from kit.files import InputError, one_line, run
 from kit.report import duration, format_rank, format_summary, format_table
 from kit.runs import RunFolder, StopRequest, World, git_commit, model_args, open_world, read_checkpoint
+from kit.text import load_tokenizer
 from kit.tokens import Documents, TokenFile, Windows, load_tokens, window_batch
 from kit.weights import read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
@@ -279,10 +280,8 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
             "checkpoint": str(folder.path / "ckpt.pt"),
         }
         if s.final_eval:
-            summary |= evaluate_model(
-                model, RUN_TASKS, train_data.path.parent, s.data_dir, s.block_size, s.batch_size, device, {},
-                lineage.context_blocks,
-            )  # fmt: skip
+            tokenizer = load_tokenizer(val_data.meta["tokenizer"], s.data_dir)
+            summary |= evaluate_model(model, val_data, tokenizer, s.block_size, s.batch_size, lineage.context_blocks)
         folder.write_json("summary.json", summary)
         print(format_summary(summary))
         print(f"\nnext: python sample.py {folder.path}   or   python eval.py {folder.path}")

@@ -1,4 +1,4 @@
-"""eval.py's command line: which weights a row stands for, what they were trained on, --verify; speed and memory."""
+"""eval.py: each of its metrics against a plain computation, which weights a row stands for, --verify."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint_of
+from conftest import ROOT, checkpoint_of
 
 import eval as evaluation
 import train
@@ -95,7 +95,8 @@ def test_runs_on_the_same_tokens_are_not_flagged() -> None:
 
 def test_hugging_face_weights_alone_are_scored_in_the_longest_windows(model: PythiaModel, data_dir: Path) -> None:
     settings = EvalSettings(data_dir=str(data_dir), dataset="own")
-    assert evaluation.data_of(settings, [("hf", model, {})]) == (data_dir / "own", 64)
+    val, block_size = evaluation.data_of(settings, [("hf", model, {})])
+    assert (val.path, block_size) == (data_dir / "own" / "val.bin", 64)
     run = {"config": {"block_size": 32, "dataset": "own"}, "data": {"tokenizer": "neox"}}
     assert evaluation.data_of(settings, [("hf", model, {}), ("out/a", model, run)])[1] == 32
 
@@ -105,19 +106,13 @@ def test_hugging_face_weights_alone_are_scored_in_the_longest_windows(model: Pyt
 
 @pytest.mark.parametrize(("factor", "status"), [(1.005, 0), (0.995, 0), (1.05, 1), (0.95, 1)])
 def test_verify_holds_figures_against_published_ones(
-    model: PythiaModel,
-    options: list[str],
-    data_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    factor: float,
-    status: int,
-) -> None:
+    model: PythiaModel, options: list[str], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], factor: float, status: int,
+) -> None:  # fmt: skip
     model.save_pretrained(tmp_path / "hf")
     tokenizer = load_tokenizer("neox", data_dir)
     measured = evaluate_lambada(model, [Document(TEXT, "")], tokenizer, 64, 8, CPU)["lambada_ppl"]
-    monkeypatch.setattr(evaluation, "PUBLISHED", {"lambada_ppl": factor * measured})
+    monkeypatch.setattr("benchmarks.PUBLISHED", {"lambada_ppl": factor * measured})
     with pytest.raises(SystemExit) as end:
         type_in(monkeypatch, str(tmp_path / "hf"), "--verify", *options)
     assert end.value.code == status
@@ -151,7 +146,7 @@ def test_speed_is_measured_at_every_length_also_beyond_the_window(
     speeds = evaluation.evaluate_speed(model, load_tokens(data_dir / "own", "val").tokens[:50], CPU)
     assert list(speeds) == ["prefill_tokens_per_s", "decode_tokens_per_s"]
     assert all(0 < speed[n] < math.inf for speed in speeds.values() for n in ("8", "100"))
-    warm_up, repeats = [8, 1, 1], evaluation.SPEED_REPEATS
+    warm_up, repeats = [8, 1, 1, 1], evaluation.SPEED_REPEATS
     assert lengths == warm_up + repeats * [8, 1, 1, 1] + repeats * [100, 1, 1, 1]
 
 
@@ -174,53 +169,57 @@ def test_a_parameter_may_be_a_scalar_and_a_long_bias_is_no_table(model: PythiaMo
     }
 
 
-# -------------------------------------------------------------------------------------------------- what is scored
+# ---------------------------------------------------------------------------------- validation data, reversal curse
 
 
-class Table(torch.nn.Module):
+class Bigrams(torch.nn.Module):
     """A model whose logits for the next token depend on the current one alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.head_weight = torch.eye(50304)[:, :64]
-        self.table = torch.randn(50304, 64, generator=torch.Generator().manual_seed(0))
+        self.head_weight, self.table = torch.randn(2, 50304, 16, generator=torch.Generator().manual_seed(0))
 
     def hidden_states(self, idx: torch.Tensor) -> torch.Tensor:
         return self.table[idx]
 
+    def losses(self, ids: list[int]) -> np.ndarray:
+        """Of all tokens but the first, in float64."""
+        log_p = (self.table[ids[:-1]].double() @ self.head_weight.T.double()).log_softmax(-1)
+        return -log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
 
-def test_validation_counts_every_token_once(data_dir: Path) -> None:
-    tokens, model = load_tokens(data_dir / "own", "val").tokens[:997], Table()
+
+@pytest.mark.parametrize("num_tokens", [997, 1001, 90])  # the last window is short, full, the only one
+def test_validation_counts_every_token_once(num_tokens: int, data_dir: Path) -> None:
+    tokens, model = load_tokens(data_dir / "own", "val").tokens[:num_tokens], Bigrams()
     scores = evaluation.evaluate_val(model, tokens, 100, 3, CPU)
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    log_p = (model.table[ids[:-1]].double() @ model.head_weight.T.double()).log_softmax(-1)
-    expected = -log_p.gather(1, ids[1:, None])[:, 0]
-    assert scores["val_tokens"] == 996
-    assert scores["val_loss"] == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert scores["val_accuracy"] == pytest.approx((log_p.argmax(-1) == ids[1:]).double().mean().item())
-    first = torch.cat([expected[s : s + 16] for s in range(0, 996, 100)]).mean().exp().item()
-    assert scores["position_ppl"]["0-16"] == pytest.approx(first, rel=1e-4)
-    assert list(scores["position_ppl"]) == ["0-16", "16-32", "32-64", "64-96", "96-100"]
+    losses = model.losses(tokens.tolist())
+    best = (model.table[tokens[:-1].astype(int)] @ model.head_weight.T).argmax(-1).numpy()
+    assert scores["val_tokens"] == num_tokens - 1
+    assert scores["val_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert scores["val_accuracy"] == pytest.approx((best == tokens[1:]).mean())
+    first = np.concatenate([losses[s : s + 16] for s in range(0, num_tokens - 1, 100)])
+    assert scores["position_ppl"]["0-16"] == pytest.approx(np.exp(first.mean()), rel=1e-4)
+    last = ["96-100"] if num_tokens > 100 else []
+    assert list(scores["position_ppl"]) == ["0-16", "16-32", "32-64", "64-96", *last]
 
 
 def test_reversal_ppl_of_sentences_and_of_answers(data_dir: Path) -> None:
-    tokenizer, model, pairs = load_tokenizer("neox", data_dir), Table(), get_reversal_pairs()[:5]
+    tokenizer, model, pairs = load_tokenizer("neox", data_dir), Bigrams(), get_reversal_pairs()[:5]
     scores = evaluation.evaluate_reversal_curse(model, tokenizer, pairs, CPU)
-
-    def log_p(a: int, b: int) -> float:
-        return (model.table[a].double() @ model.head_weight.T.double()).log_softmax(-1)[b].item()
-
-    sentence, answer = [], []
-    for pair in pairs:
-        ids = tokenizer.encode(pair.backward)
-        each = [-log_p(a, b) for a, b in zip([0, *ids[:-1]], ids, strict=True)]
-        start = len(tokenizer.encode(pair.backward[: -len(pair.backward_answer) - 2]))
-        sentence.append(np.mean(each))
-        answer.append(np.mean(each[start:-1]))  # the full stop is no part of the answer
-    assert scores["reversal_backward_ppl"] == pytest.approx(math.exp(np.mean(sentence)), rel=1e-4)
-    assert scores["reversal_backward_answer_ppl"] == pytest.approx(math.exp(np.mean(answer)), rel=1e-4)
-    assert scores["reversal_gap"] == scores["reversal_backward_ppl"] - scores["reversal_forward_ppl"]
-    assert scores["reversal_ratio"] == scores["reversal_forward_ppl"] / scores["reversal_backward_ppl"]
+    for way in ("forward", "backward"):
+        whole, answers = [], []
+        for pair in pairs:
+            text, answer = getattr(pair, way), getattr(pair, f"{way}_answer")
+            losses = model.losses([0, *tokenizer.encode(text)])
+            start = len(tokenizer.encode(text[: -len(answer) - 2]))
+            whole.append(losses.mean())
+            answers.append(losses[start:-1].mean())  # the full stop is no part of the answer
+        assert scores[f"reversal_{way}_ppl"] == pytest.approx(np.exp(np.mean(whole)), rel=1e-4)
+        assert scores[f"reversal_{way}_answer_ppl"] == pytest.approx(np.exp(np.mean(answers)), rel=1e-4)
+    for part in ("", "answer_"):
+        forward, backward = scores[f"reversal_forward_{part}ppl"], scores[f"reversal_backward_{part}ppl"]
+        assert scores[f"reversal_{part}gap"] == backward - forward
+        assert scores[f"reversal_{part}ratio"] == forward / backward
 
 
 @pytest.mark.parametrize(
@@ -229,9 +228,6 @@ def test_reversal_ppl_of_sentences_and_of_answers(data_dir: Path) -> None:
 )
 def test_what_a_ppl_means(ppl: float, word: str) -> None:
     assert word in evaluation.ppl_meaning(ppl)
-
-
-# ------------------------------------------------------------------------------------------------- reversal curse
 
 
 def test_an_answer_s_tokens_end_where_the_full_stop_begins(data_dir: Path) -> None:
@@ -246,11 +242,7 @@ def test_an_answer_s_tokens_end_where_the_full_stop_begins(data_dir: Path) -> No
 # -------------------------------------------------------------------------------------------------------- contexts
 
 
-HOW: dict[str, Any] = {
-    "iterations": 30,
-    "noise": 0.05,
-    "threshold": 0.03,
-}  # phase 1 trained a block, as its checkpoint has it
+HOW: dict[str, Any] = {"iterations": 30, "noise": 0.05, "threshold": 0.03}  # phase 1 trained a block
 
 
 def test_ranks_of_contexts_are_those_of_the_exact_recurrence(data_dir: Path) -> None:
@@ -296,12 +288,18 @@ def test_a_block_that_failed_in_training_shows_it_from_phase_1_to_the_report(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow = ["--hidden_size=16", "--num_layers=1", "--num_heads=2", "--intermediate_size=32", "--context_dim=8"]
-    words = [*narrow, "--learning_rate=0.0", f"--data_dir={data_dir}", "--dataset=own", "--device=cpu"]
+    words = [*narrow, f"--data_dir={data_dir}", "--dataset=own", "--device=cpu"]
     settled = ["--num_tokens=2000", "--max_iterations=22", "--convergence_threshold=0.02", "--context_noise=0.1"]
-    steps = ["--min_lr=0", "--max_iters=1", "--block_size=32", "--batch_size=64", f"--init_from={tmp_path / 'one'}"]
-    score = ["--tasks=val", "--batch_size=64", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--device=cpu"]
-    type_in(monkeypatch, "config/phase1.py", *words, *settled, f"--out_dir={tmp_path / 'one'}", main=train.main)
-    type_in(monkeypatch, "config/phase2.py", *words, *steps, f"--out_dir={tmp_path / 'two'}", main=train.main)
+    settled += ["--learning_rate=0.0"]
+    steps = ["--max_iters=1", "--block_size=32", "--eval_iters=1", f"--init_from={tmp_path / 'one'}"]
+    score = ["--tasks=val", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--device=cpu"]
+    evaluate_val, pairs = evaluation.evaluate_val, get_reversal_pairs()[:2]  # as little as possible of what is slow
+    monkeypatch.setattr(evaluation, "evaluate_val", lambda m, tokens, *more: evaluate_val(m, tokens[:100], *more))
+    monkeypatch.setattr(evaluation, "evaluate_long", lambda *arguments: {})
+    monkeypatch.setattr(evaluation, "get_reversal_pairs", lambda: pairs)
+    for config, folder, more in (("phase1", "one", settled), ("phase2", "two", steps)):
+        command = [str(ROOT / f"config/{config}.py"), *words, *more, f"--out_dir={tmp_path / folder}"]
+        type_in(monkeypatch, *command, main=train.main)
     type_in(monkeypatch, str(tmp_path / "two"), *score)
     found = [json.loads((tmp_path / n).read_text()) for n in ("one/summary.json", "two/summary.json", "results.json")]
     rate = found[0]["blocks"][0]["heldout_convergence_rate"]
