@@ -47,14 +47,6 @@ SPEED_REPEATS = 3
 CONTEXT_TOKENS = 100_000  # whose contexts are looked at, unless the checkpoint says how many phase 1 took
 LONG_WINDOWS = 8  # windows of a long document that are scored, 4,096 tokens at a block_size of 512
 POSITION_EDGES = (0, 16, 32, 64, 96)  # position ranges of the window; the last one ends with the window
-PPL_MEANING = (
-    (5, "abnormal: a leak or a causal-mask error, inspect the code"),
-    (30, "suspicious: overfitting possible, check data volume and split"),
-    (100, "normal at large scale"),
-    (500, "normal from scratch"),
-    (1000, "still falling"),
-    (math.inf, "undertrained: more steps or another learning rate"),
-)
 Figures = dict[str, Any]
 Run = tuple[str, Any, dict[str, Any]]  # name, model, contents of its checkpoint, empty where there is none
 
@@ -111,14 +103,8 @@ def evaluate_val(model: Any, tokens: np.ndarray, block_size: int, batch_size: in
         "val_ppl": safe_exp(mean),
         "val_accuracy": right.sum() / count.sum(),
         "val_tokens": int(count.sum()),
-        "ppl_meaning": ppl_meaning(safe_exp(mean)),
         "position_ppl": {f"{a}-{b}": safe_exp(loss[a:b].sum() / count[a:b].sum()) for a, b in ranges},
     }
-
-
-def ppl_meaning(ppl: float) -> str:
-    """What a perplexity says about a run; it presumes a subword vocabulary of about 50,000."""
-    return next((meaning for limit, meaning in PPL_MEANING if ppl < limit), PPL_MEANING[-1][1])
 
 
 # ------------------------------------------------------------------------------------------------- long documents
@@ -399,20 +385,6 @@ def about(source: str, model: Any, checkpoint: dict[str, Any]) -> Figures:
     return row
 
 
-def training_differences(rows: list[dict[str, Any]]) -> list[str]:
-    """A line, unless all rows were trained on as many tokens of the same data."""
-    kinds: dict[str, list[str]] = {}
-    for row in rows:
-        kind = "tokens that are not known"
-        if "data" in row:
-            kind = f"{row['tokens_seen']:,} tokens of data {row['data']['train_sha256'][:8]}"
-        kinds.setdefault(kind, []).append(row["run"])
-    if len(kinds) == 1:
-        return []
-    differences = "; ".join(f"{', '.join(runs)} on {kind}" for kind, runs in kinds.items())
-    return [f"not trained on the same tokens: {differences}"]
-
-
 def main() -> None:
     settings, sources = parse_settings(EvalSettings, sys.argv[1:], takes="RUN [RUN ...]")
     tasks = TASKS if settings.tasks == "all" else tuple(settings.tasks.split(","))
@@ -432,9 +404,8 @@ def main() -> None:
         trained = checkpoint.get("context_blocks", [])
         arguments = (model.to(device), val, tokenizer, block_size, settings.batch_size, trained, tasks, texts)
         rows.append({**about(source, model, checkpoint), **evaluate_model(*arguments)})
-    warnings, folder = training_differences(rows), str(val.path.parent)
-    print("\n\n".join([*warnings, format_comparison(rows)]), flush=True)  # first: the disk may be full
-    write_report({"block_size": block_size, "data": folder, "warnings": warnings, "runs": rows}, out_dir)
+    print(format_comparison(rows), flush=True)  # first: the disk may be full
+    write_report({"block_size": block_size, "data": str(val.path.parent), "runs": rows}, out_dir)
     print(f"\nwritten to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")
 
 

@@ -1,14 +1,13 @@
-"""What eval.py measured, as tables, and as a report with pictures.
+"""What eval.py measured, as tables for a terminal and as report.md with pictures; the fields of results.json.
 
-results.json holds block_size and data (what all runs were scored on, in windows of how many tokens), warnings, and in
-runs an object for each run:
+results.json holds data and block_size (what all runs were scored on, in windows of how many tokens) and runs, of each:
 
     run, model, checkpoint, weights_sha256      which weights: as named to eval.py, class, file, digest of all tensors
     settings                                    of train.py, seed among them, and in model_args the model's
     tokens_seen, steps, seed, commit, data      what it was trained on; data: tokenizer and digests of the token files
     parents                                     the runs that it started from; tokens_seen counts theirs too
-    parameters, trainable_, embedding_          their numbers
-    val_loss, val_ppl, val_accuracy, val_tokens, ppl_meaning
+    parameters, trainable_, embedding_          numbers of parameters
+    val_loss, val_ppl, val_accuracy, val_tokens over the validation data, each token once
     position_ppl                                PPL per range of positions in the window
     context_convergence_rates, _effective_ranks of each ContextBlock on held-out tokens
     context_effective_rank, context_dim         of all side by side
@@ -26,8 +25,10 @@ Losses are nats per token, bytes those of float32.
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,20 @@ from kit.files import replacing
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
 SHOWN_LENGTH = "2048"  # tokens at which the tables show caches
 SAME_CONFIG = ("seed", "out_dir", "overwrite", "device", "data_dir")  # settings in which runs of one config may differ
-
-Run = dict[str, Any]
-Show = Callable[[Run], str]  # a figure of a run as a table has it; KeyError where the run has none
+PPL_MEANING = {  # of one below the number
+    5: "abnormal: a leak or a causal-mask error, inspect the code",
+    30: "suspicious: overfitting possible, check data volume and split",
+    100: "normal at large scale",
+    500: "normal from scratch",
+    1000: "still falling",
+    math.inf: "undertrained: more steps or another learning rate",
+}
+NOTE = (
+    f"Caches are of {int(SHOWN_LENGTH):,} tokens, ± and bars the standard deviation over seeds (sample); what a PPL is "
+    "said to be presumes a subword vocabulary of about 50,000."
+)
 Table = tuple[list[str], list[list[str]]]  # header, rows
+Show = Callable[[dict[str, Any]], str]  # what a table shows of a run. Raises KeyError if the run does not have it
 
 
 # ------------------------------------------------------------------------------------------- one config, its seeds
@@ -52,30 +63,31 @@ class Config:
     """The runs of one config, which differ in their seed alone."""
 
     name: str  # of the first run's folder
-    runs: list[Run]
+    runs: list[dict[str, Any]]
 
     @property
     def family(self) -> str:
         """The architecture, a name from configurator.MODELS."""
         return self.runs[0].get("settings", {}).get("model", "pythia")  # Hugging Face weights are GPT-NeoX
 
-    @property
-    def mean(self) -> Run:
+    @cached_property
+    def mean(self) -> dict[str, Any]:
         """A run's figures, each the mean over the seeds."""
         return combine(self.runs, lambda values: float(np.mean(values)))
 
-    @property
-    def deviation(self) -> Run:
-        """Likewise the sample standard deviation; there are two seeds or more."""
-        found = combine(self.runs, lambda values: float(np.std(values, ddof=1)))
-        return {**found, "context_dim": self.mean.get("context_dim")}  # which a rank is divided by
+    @cached_property
+    def deviation(self) -> dict[str, Any]:
+        """Likewise the sample standard deviation; empty where there is one seed."""
+        found = combine(self.runs, lambda values: float(np.std(values, ddof=1))) if len(self.runs) > 1 else {}
+        return found and {**found, "context_dim": self.mean.get("context_dim")}  # which a rank is divided by
 
     def show(self, text: Show) -> str:
-        """A figure as a table has it: -, mean, or mean ± standard deviation."""
-        shown = known(text, self.mean)
-        if shown != "-" and len({text(run) for run in self.runs}) > 1:
-            shown += f" ± {text(self.deviation)}"
-        return shown
+        """A figure as a table has it: mean, or mean ± standard deviation, or - if a run does not have it."""
+        try:
+            texts = {text(run) for run in self.runs}
+        except KeyError:
+            return "-"
+        return text(self.mean) + (f" ± {text(self.deviation)}" if len(texts) > 1 else "")
 
 
 def combine(values: list[Any], statistic: Callable[[list[float]], float]) -> Any:
@@ -88,7 +100,7 @@ def combine(values: list[Any], statistic: Callable[[list[float]], float]) -> Any
     return statistic(values) if isinstance(first, int | float) else first
 
 
-def group_runs(runs: list[Run]) -> list[Config]:
+def group_runs(runs: list[dict[str, Any]]) -> list[Config]:
     """Runs with the same settings but for the seed, and what follows from it, are of one config."""
     names = [Path(run["run"]).name or run["run"] for run in runs]
     shared = names[0][names[0].rfind("-") :] if "-" in names[0] else ""  # such as -laptop
@@ -103,10 +115,10 @@ def group_runs(runs: list[Run]) -> list[Config]:
     return list(groups.values())
 
 
-def config_key(run: Run) -> str:
+def config_key(run: dict[str, Any]) -> str:
     """What runs of one config have in common; what they started from may be named after their seed."""
     if "settings" not in run:
-        return str(run["run"])
+        return run["run"]
     kept = {k: v for k, v in run["settings"].items() if k not in SAME_CONFIG}
     for key in ("init_from", "embeddings"):
         if key in kept:
@@ -114,7 +126,7 @@ def config_key(run: Run) -> str:
     return json.dumps([kept, run["tokens_seen"]], sort_keys=True)
 
 
-def learning_curve(run: Run) -> dict[str, float]:
+def learning_curve(run: dict[str, Any]) -> dict[str, float]:
     """Validation PPL in the course of training by tokens seen, from the run's log; empty where there is none."""
     log = Path(run["checkpoint"]).parent / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
@@ -122,20 +134,7 @@ def learning_curve(run: Run) -> dict[str, float]:
     return dict(list(points.items())[1:])  # the first is the untrained model's, or that of what it started from
 
 
-# --------------------------------------------------------------------------------------------------- how they look
-
-
-def known(text: Show, run: Run) -> str:
-    """What is shown of a run, or - where it has no such figure."""
-    try:
-        return text(run)
-    except KeyError:
-        return "-"
-
-
-def figure(key: str, form: str, at: str | None = None) -> Show:
-    """Shows a result by a format such as ',.1f'; of one by length, window or position, that at one of them."""
-    return lambda r: format(r[key] if at is None else r[key][at], form)
+# ------------------------------------------------------------------------------------------------------ tables
 
 
 def duration(seconds: float) -> str:
@@ -154,134 +153,129 @@ def format_bytes(count: float) -> str:
     return f"{count:,.0f}" if count >= 10 else f"{count:.2f}"
 
 
-def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def format_table(header: list[str], rows: list[list[str]], is_page: bool = False) -> str:
+    """Columns as wide as their widest cell, the first to the left, the others to the right; or Markdown, for a page."""
+    widths = [0 if is_page else max(map(len, column)) for column in zip(header, *rows, strict=True)]
     sides = ["<", *[">"] * (len(widths) - 1)]
-    layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-    return "\n".join(layout.format(*row) for row in [header, ["-" * width for width in widths], *rows])
+    bar, ends = (" | ", ("| ", " |")) if is_page else ("  ", ("", ""))
+    layout = bar.join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)).join(ends)
+    rules = [":--" if side == "<" else "--:" for side in sides] if is_page else ["-" * width for width in widths]
+    return "\n".join(layout.format(*row) for row in [header, rules, *rows])
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """The same for a page."""
-    sides = [":--", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, sides, *rows])
+def column(key: str, form: str | Callable[[float], str], place: str = SHOWN_LENGTH) -> Show:
+    """A figure in a format: of several places or lengths the one at place, of several blocks all."""
+    show = form.format if isinstance(form, str) else form
 
+    def text(run: dict[str, Any]) -> str:
+        value = run[key][place] if isinstance(run[key], dict) else run[key]
+        return ", ".join(map(show, value)) if isinstance(value, list) else show(value)
 
-# ------------------------------------------------------------------------------------------------------- the tables
+    return text
+
 
 COLUMNS: dict[str, Show] = {
-    "val loss": figure("val_loss", ".4f"),
-    "val PPL": figure("val_ppl", ".1f"),
-    "accuracy": figure("val_accuracy", ".1%"),
-    "rev. forward": figure("reversal_forward_ppl", ".1f"),
-    "backward": figure("reversal_backward_ppl", ".1f"),
-    "ratio": figure("reversal_ratio", ".3f"),
-    "answers' ratio": figure("reversal_answer_ratio", ".3f"),
-    "contexts settled": lambda r: ", ".join(f"{rate:.1%}" for rate in r["context_convergence_rates"]),
-    "contexts' rank": lambda r: format_rank(r["context_effective_rank"], r["context_dim"]),
-    "WikiText word PPL": figure("wikitext_word_ppl", ".1f"),
-    "LAMBADA": figure("lambada_accuracy", ".1%"),
-    "LAMBADA PPL": figure("lambada_ppl", ".1f"),
-    "Pile PPL": figure("pile_ppl", ".1f"),
-    "Pile bits/byte": figure("pile_bits_per_byte", ".4f"),
-    "cache B/token": lambda r: format_bytes(r["cache_bytes_per_token"][SHOWN_LENGTH]),
-    "saved": figure("cache_saved", ".1%", SHOWN_LENGTH),
-    "peak CUDA bytes": figure("cuda_peak_bytes", ",.0f", SHOWN_LENGTH),
-    "decode tokens/s": figure("decode_tokens_per_s", ",.0f", SHOWN_LENGTH),
-    "prefill tokens/s": figure("prefill_tokens_per_s", ",.0f", SHOWN_LENGTH),
-    "parameters": figure("parameters", ",.0f"),
-    "tokens seen": figure("tokens_seen", ",.0f"),
+    "val loss": column("val_loss", "{:.4f}"),
+    "best on the way": column("best_val_loss", "{:.4f}"),
+    "val PPL": column("val_ppl", "{:.1f}"),
+    "accuracy": column("val_accuracy", "{:.1%}"),
+    "rev. forward": column("reversal_forward_ppl", "{:.1f}"),
+    "rev. backward": column("reversal_backward_ppl", "{:.1f}"),
+    "rev. ratio": column("reversal_ratio", "{:.3f}"),
+    "rev. gap": column("reversal_gap", "{:.1f}"),
+    "answers' ratio": column("reversal_answer_ratio", "{:.3f}"),
+    "contexts settled": column("context_convergence_rates", "{:.1%}"),
+    "contexts' rank": lambda run: format_rank(run["context_effective_rank"], run["context_dim"]),
+    "WikiText word PPL": column("wikitext_word_ppl", "{:.1f}"),
+    "LAMBADA": column("lambada_accuracy", "{:.1%}"),
+    "LAMBADA PPL": column("lambada_ppl", "{:.1f}"),
+    "Pile PPL": column("pile_ppl", "{:.1f}"),
+    "Pile bits/byte": column("pile_bits_per_byte", "{:.4f}"),
+    "cache B/token": column("cache_bytes_per_token", format_bytes),
+    "baseline's": column("baseline_cache_bytes_per_token", format_bytes),
+    "saved": column("cache_saved", "{:.1%}"),
+    "CUDA peak MB": column("cuda_peak_bytes", lambda count: f"{count / 1e6:,.1f}"),
+    "decode tokens/s": column("decode_tokens_per_s", "{:,.0f}"),
+    "prefill tokens/s": column("prefill_tokens_per_s", "{:,.0f}"),
+    "parameters": column("parameters", "{:,.0f}"),
+    "tokens seen": column("tokens_seen", "{:,.0f}"),
 }
-
-SUMMARY: dict[str, Show] = {  # what the end of a training run shows
-    "validation loss": figure("val_loss", ".4f"),
-    "best validation loss on the way": figure("best_val_loss", ".4f"),
-    "validation PPL": figure("val_ppl", ".1f"),
-    "validation accuracy": figure("val_accuracy", ".1%"),
-    "reversal, forward PPL": figure("reversal_forward_ppl", ".1f"),
-    "reversal, backward PPL": figure("reversal_backward_ppl", ".1f"),
-    "reversal ratio (1 is best)": figure("reversal_ratio", ".3f"),
-    "reversal gap (0 is best)": figure("reversal_gap", ".1f"),
-    "  of the answers alone, ratio": figure("reversal_answer_ratio", ".3f"),
-    "long documents, PPL after window 1": figure("long_ppl", ".1f", AFTER_FIRST),
-    "  with the memory reset": figure("long_ppl_reset", ".1f", AFTER_FIRST),
-    "cache bytes per token": lambda r: format_bytes(r["cache_bytes_per_token"][SHOWN_LENGTH]),
-    "  of the baseline": lambda r: format_bytes(r["baseline_cache_bytes_per_token"][SHOWN_LENGTH]),
-    f"cache saved, {int(SHOWN_LENGTH):,} tokens": figure("cache_saved", ".1%", SHOWN_LENGTH),
-    "parameters": figure("parameters", ",.0f"),
-    "checkpoint": lambda r: r["checkpoint"],
-}
-
-TRAINING: dict[str, Show] = {  # what a run was trained on, and which checkpoint was scored
-    "run": lambda r: r["run"],
-    "tokens seen": figure("tokens_seen", ","),
-    "steps": figure("steps", ","),
-    "seed": figure("seed", ""),
-    "commit": lambda r: r["commit"][:8] + "+" * r["commit"].endswith("+"),
-    "training data": lambda r: r["data"]["train_sha256"][:8],
-    "started from": lambda r: ", ".join(r["parents"]) or "scratch",
-    "checkpoint": lambda r: r["checkpoint"],
-    "weights, SHA-256": lambda r: r["weights_sha256"][:16],
+TRAINING_COLUMNS: dict[str, Show] = {
+    "tokens seen": column("tokens_seen", "{:,.0f}"),
+    "steps": column("steps", "{:,.0f}"),
+    "seed": column("seed", "{:.0f}"),
+    "commit": lambda run: run["commit"][:8] + "+" * run["commit"].endswith("+"),
+    "training data": lambda run: run["data"]["train_sha256"][:8],
+    "started from": lambda run: ", ".join(run["parents"]) or "scratch",
+    "checkpoint": column("checkpoint", "{}"),
+    "weights, SHA-256": lambda run: run["weights_sha256"][:16],
 }
 
 
-def format_summary(results: Run) -> str:
-    """The figures of one run, a line each; of a run that was not measured in full, those that there are."""
-    rows = [[name, shown] for name, text in SUMMARY.items() if (shown := known(text, results)) != "-"]
-    for where, ppl in results.get("position_ppl", {}).items():
-        rows.append([f"PPL at positions {where}", f"{ppl:.1f}"])
-    return "\n\n".join([format_table(["measured", "value"], rows), *ppl_meanings([Config("this run", [results])])])
+def ppl_meaning(ppl: float) -> str:
+    """What a perplexity says about a run."""
+    return next((meaning for limit, meaning in PPL_MEANING.items() if ppl < limit), PPL_MEANING[math.inf])
 
 
 def comparison_table(configs: list[Config]) -> Table:
     """A row per config, a column per metric that any of them has."""
-    columns = {header: [c.show(text) for c in configs] for header, text in COLUMNS.items()}
-    shown = {header: column for header, column in columns.items() if set(column) != {"-"}}
-    if max(len(c.runs) for c in configs) > 1:
-        shown = {"seeds": [str(len(c.runs)) for c in configs], **shown}
-    return ["run", *shown], [list(row) for row in zip([c.name for c in configs], *shown.values(), strict=True)]
+    cells = {header: [c.show(text) for c in configs] for header, text in COLUMNS.items()}
+    own = {"steps", "val_ppl"}  # of the models trained here
+    cells["PPL is"] = [ppl_meaning(c.mean["val_ppl"]) if own <= c.mean.keys() else "-" for c in configs]
+    cells = {header: shown for header, shown in cells.items() if set(shown) != {"-"}}
+    if any(len(c.runs) > 1 for c in configs):
+        cells = {"seeds": [str(len(c.runs)) for c in configs], **cells}
+    return ["run", *cells], [list(row) for row in zip([c.name for c in configs], *cells.values(), strict=True)]
 
 
-def position_table(configs: list[Config]) -> Table:
-    """PPL by position in the window."""
-    scored = [c for c in configs if "position_ppl" in c.mean]
-    ranges = list(dict.fromkeys(where for c in scored for where in c.mean["position_ppl"]))
-    rows = [[c.name, *(c.show(figure("position_ppl", ".1f", where)) for where in ranges)] for c in scored]
-    return ["PPL at positions", *ranges], rows
+def place_table(title: str, configs: list[Config], figures: dict[str, str]) -> Table:
+    """Figures that are a PPL for each of several places, by their names; an empty one stands for the config's."""
+    rows = [(c, key, name or c.name) for c in configs for key, name in figures.items() if key in c.mean]
+    places = list(dict.fromkeys(place for c, key, _ in rows for place in c.mean[key]))
+    return [title, *places], [[name, *(c.show(column(key, "{:.1f}", p)) for p in places)] for c, key, name in rows]
 
 
-def long_table(configs: list[Config]) -> Table:
-    """PPL per window of long documents, and how much text stands behind each figure."""
-    scored = [c for c in configs if "long_ppl" in c.mean]
-    windows, rows = list(scored[0].mean["long_ppl"]) if scored else [], []
-    for c in scored:
-        names = {"long_ppl": c.name, "long_ppl_reset": "  memory reset before each window"}
-        rows += [[n, *(c.show(figure(key, ".1f", w)) for w in windows)] for key, n in names.items() if key in c.mean]
-    for key, name in {"long_documents": "documents", "long_tokens": "tokens"}.items() if scored else ():
-        rows.append([name, *(f"{scored[0].mean[key][window]:,.0f}" for window in windows)])
-    return ["long documents, PPL in window", *windows], rows
+def tables(configs: list[Config]) -> dict[str, Table]:
+    """What eval.py prints, by titles for a page."""
+    names = {"long_ppl": "", "long_ppl_reset": "  memory reset before each window"}
+    header, rows = place_table("long documents, PPL in window", configs, names)
+    for c in [c for c in configs if "long_ppl" in c.mean][:1]:  # on how much text, which is the same for all runs
+        rows += [[key, *(f"{c.mean[f'long_{key}'][w]:,.0f}" for w in header[1:])] for key in ("documents", "tokens")]
+    positions = place_table("PPL at positions", configs, {"position_ppl": ""})
+    found = {
+        "Figures": comparison_table(configs),
+        "Perplexity by position": positions,
+        "Long documents": (header, rows),
+    }
+    return {title: table for title, table in found.items() if table[1]}
 
 
-def ppl_meanings(configs: list[Config]) -> list[str]:
-    """What the PPL of models trained here means."""
-    trained = [c for c in configs if {"steps", "ppl_meaning"} <= c.runs[0].keys()]
-    lines = [f"{c.name}: PPL {c.mean['val_ppl']:.1f} is {c.runs[0]['ppl_meaning']}" for c in trained]
-    note = "(what a PPL means presumes a subword vocabulary of about 50,000)"
-    return ["\n".join([*lines, note])] if lines else []
+def notices(runs: list[dict[str, Any]]) -> list[str]:
+    """What has to be known before the figures are read: what was not measured, and runs on other tokens than others."""
+    lines = [f"{task}: not measured: {why}" for task, why in runs[0].get("not_measured", {}).items()]
+    kinds: dict[str, list[str]] = {}
+    for run in runs:
+        known = "data" in run and f"{run['tokens_seen']:,} tokens of data {run['data']['train_sha256'][:8]}"
+        kinds.setdefault(known or "tokens that are not known", []).append(run["run"])
+    trained = "; ".join(f"{', '.join(names)} on {kind}" for kind, names in kinds.items())
+    return lines + [f"not trained on the same tokens: {trained}"] * (len(kinds) > 1)
 
 
-def not_measured(runs: list[Run]) -> list[str]:
-    """What could not be measured and why; the texts are the same for all runs."""
-    return [f"{task}: not measured: {why}" for task, why in runs[0].get("not_measured", {}).items()]
-
-
-def format_comparison(results: list[Run]) -> str:
+def format_comparison(runs: list[dict[str, Any]]) -> str:
     """The tables for a terminal."""
-    configs = group_runs(results)
-    tables = [make(configs) for make in (comparison_table, position_table, long_table)]
-    parts = [*not_measured(results), *(format_table(*table) for table in tables if table[1]), *ppl_meanings(configs)]
-    return "\n\n".join(parts)
+    configs = group_runs(runs)
+    shown = [format_table(*table) for table in tables(configs).values()]
+    return "\n\n".join([*notices(runs), *shown, NOTE])
+
+
+def format_summary(figures: dict[str, Any]) -> str:
+    """The figures of one run, a line each; of a run that was not measured in full, those that there are."""
+    header, (row,) = comparison_table([Config("", [figures])])
+    rows = [list(pair) for pair in zip(header[1:], row[1:], strict=True)]
+    rows += [[f"PPL at positions {where}", f"{ppl:.1f}"] for where, ppl in figures.get("position_ppl", {}).items()]
+    long = {"long_ppl": "long documents, PPL after window 1", "long_ppl_reset": "  memory reset before each window"}
+    rows += [[name, f"{figures[key][AFTER_FIRST]:.1f}"] for key, name in long.items() if key in figures]
+    return format_table(["measured", "value"], [*rows, ["checkpoint", figures["checkpoint"]]]) + f"\n\n{NOTE}"
 
 
 # ----------------------------------------------------------------------------------------------------- the report
@@ -290,121 +284,81 @@ def format_comparison(results: list[Run]) -> str:
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """Write results.json, report.md and the pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [{**run, "learning_curve": learning_curve(run)} for run in results["runs"]]
-    configs = group_runs(runs)
-    page = report_page(results, configs, draw_pictures(configs, folder))
+    runs = results["runs"]
+    configs = group_runs([{**run, "learning_curve": learning_curve(run)} for run in runs])
+    training = [[run["run"], *map(Config("", [run]).show, TRAINING_COLUMNS.values())] for run in runs]
+    found = {**tables(configs), "What each run was trained on": (["run", *TRAINING_COLUMNS], training)}
+    parts = [
+        f"# Comparison\n\nScored on `{results['data']}` in windows of {results['block_size']} tokens. {NOTE}",
+        *notices(runs),
+        *(f"## {title}\n\n{format_table(*table, is_page=True)}" for title, table in found.items()),
+        *(f"![{name}]({name})\n\n{caption}" for name, caption in draw_pictures(configs, folder).items()),
+    ]
     with replacing(folder / "report.md") as file:
-        file.write(page.encode())
-    with replacing(folder / "results.json") as file:  # last: it says that the report is whole
+        file.write(("\n\n".join(parts) + "\n").encode())
+    with replacing(folder / "results.json") as file:  # last: by it compare.py knows that the report is whole
         file.write(json.dumps(results, indent=2).encode())
 
 
-def report_page(results: dict[str, Any], configs: list[Config], pictures: dict[str, str]) -> str:
-    """report.md, from file names and captions of the pictures."""
-    runs = results["runs"]
-    seeds = "± and bars are the sample standard deviation over seeds." if len(runs) > len(configs) else ""
-    tables = {
-        "Perplexity by position": position_table(configs),
-        "Long documents": long_table(configs),
-        "What each run was trained on": (
-            list(TRAINING),
-            [[known(text, run) for text in TRAINING.values()] for run in runs],
-        ),
-    }
-    parts = [
-        "# Comparison",
-        f"Scored on `{results['data']}` in windows of {results['block_size']} tokens, all by the same code in "
-        f"float32. Cache bytes are those of the tensors that `init_cache` allocates for {int(SHOWN_LENGTH):,} tokens. "
-        f"{seeds}",
-        *(f"**Warning: {warning}**" for warning in results.get("warnings", [])),
-        markdown_table(*comparison_table(configs)),
-        *not_measured(runs),
-        *(f"![{name}]({name})\n\n{caption}" for name, caption in pictures.items()),
-        *(f"## {title}\n\n{markdown_table(*table)}" for title, table in tables.items() if table[1]),
-        *(f"## What the perplexities mean\n\n{text}" for text in ppl_meanings(configs)),
-    ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+# ---------------------------------------------------------- pictures, readable in black and white: markers and lines
 
-
-# ------------------------------------------------------- pictures, readable on a projector and in black and white
-
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)))
-LOOK: Any = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
-LINE_PICTURES = {  # file name -> (figure, x axis, unit of x if it is a number, caption)
-    "cache.png": ("cache_bytes", "tokens in the cache", 1, "Cache bytes of one row of text against its length."),
-    "positions.png": ("position_ppl", "position in the window", None, "PPL by position: what more context is worth."),
-    "training.png": ("learning_curve", "million tokens seen", 1e6, "Validation PPL in training, on a sample."),
-    "long.png": (
-        "long_ppl", "window of a long document", None,
-        "PPL per window of long documents; dotted, the memory reset before each window. Later windows are of fewer, "
-        "other documents, so compare lines, not windows.",
-    ),
-}  # fmt: skip
+GREY = "#777777"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
+STYLES: list[dict[str, Any]] = [
+    {"color": colour, "marker": marker, "linestyle": line}
+    for colour, marker, line in zip(COLOURS, "os^DvPX", LINES, strict=True)
+]
+LOOK: Any = {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
+LOOK |= {"lines.markersize": 8, "legend.frameon": False}
+PICTURES = {  # file: figure, labels of x and y, what x is divided by (0: it is a name), caption
+    "cache": ("cache_bytes", "tokens in the cache", "bytes", 1, "Cache of one row of text against its length."),
+    "positions": ("position_ppl", "position in the window", "PPL", 0, "What more context is worth."),
+    "training": ("learning_curve", "million tokens seen", "validation PPL", 1e6, "On a sample of the validation data."),
+    "long": ("long_ppl", "window of a long document", "PPL", 0, "Dotted: memory reset. Later, fewer documents."),
+}
 
 
 def draw_pictures(configs: list[Config], folder: Path) -> dict[str, str]:
     """Draw what the configs have figures for; returns the file names and captions."""
     import matplotlib
-
-    drawn = {}
-    with matplotlib.rc_context(LOOK):
-        placed = [c for c in configs if {"val_ppl", "cache_bytes_per_token"} <= c.mean.keys()]
-        if len(placed) > 1:
-            save(draw_tradeoff(placed), folder / "tradeoff.png")
-            drawn["tradeoff.png"] = (
-                f"Validation PPL against cache bytes per token at {int(SHOWN_LENGTH):,} tokens. Filled and joined: the "
-                "best front, where nothing smaller is better. The line across is the baseline's PPL."
-            )
-        for name, (key, x, unit, caption) in LINE_PICTURES.items():
-            if with_it := [c for c in configs if c.mean.get(key)]:
-                save(draw_lines(with_it, key, x, unit), folder / name)
-                drawn[name] = caption
-    return drawn
-
-
-def save(picture: Any, path: Path) -> None:
-    with replacing(path) as file:
-        picture.savefig(file)
-
-
-def styles(configs: list[Config]) -> list[dict[str, Any]]:
-    """A colour and a marker per architecture, a line per config of it."""
-    families = list(dict.fromkeys(c.family for c in configs))
-    seen: dict[str, int] = {}
-    found = []
-    for c in configs:
-        number, within = families.index(c.family) % len(MARKERS), seen.setdefault(c.family, 0)
-        seen[c.family] += 1
-        found.append({"color": COLOURS[number], "marker": MARKERS[number], "linestyle": LINES[within % len(LINES)]})
-    return found
-
-
-def draw_tradeoff(configs: list[Config]) -> Any:
-    """PPL against cache bytes per token, with bars over seeds."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
-    picture = Figure(figsize=(12, 7), layout="constrained")
-    axes, front = picture.subplots(), best_front(configs)
-    by_size = sorted(zip(configs, styles(configs), strict=True), key=lambda pair: place(pair[0]))
-    for c, style in by_size:  # as in the legend, whose numbers tell two of one architecture apart
-        bar = c.deviation["val_ppl"] if len(c.runs) > 1 else None
-        fill = style["color"] if c in front else "white"
+    captions = {}
+    with matplotlib.rc_context(LOOK):
+        scored = [c for c in configs if {"val_ppl", "cache_bytes_per_token"} <= c.mean.keys()]
+        if len(scored) > 1:
+            draw_tradeoff(figure := Figure(figsize=(12, 7), layout="constrained"), scored)
+            save(figure, folder / "tradeoff.png")
+            captions["tradeoff.png"] = "Filled and joined: the best front, than which nothing smaller is better."
+        for name, (key, x_label, y_label, unit, caption) in PICTURES.items():
+            if with_it := [c for c in configs if c.mean.get(key)]:
+                draw_lines(figure := Figure(layout="constrained"), with_it, key, x_label, y_label, unit)
+                save(figure, folder / f"{name}.png")
+                captions[f"{name}.png"] = caption
+    return captions
+
+
+def save(figure: Any, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file)
+
+
+def draw_tradeoff(figure: Any, configs: list[Config]) -> None:
+    """PPL against cache bytes per token, a marker and a colour per architecture, and the baseline's PPL as a line."""
+    axes, front = figure.subplots(), best_front(configs)
+    styles = dict(zip(dict.fromkeys(c.family for c in configs), itertools.cycle(STYLES), strict=False))
+    for c in sorted(configs, key=place):  # the numbers in the legend tell two of one architecture apart
+        style = {**styles[c.family], "linestyle": "none", "markersize": 12, "markeredgewidth": 2}
         label = f"{c.name}: {format_bytes(place(c)[0])}, {place(c)[1]:.1f}"
-        axes.errorbar(*place(c), yerr=bar, label=label, capsize=5, **style | {"linestyle": "", "ms": 11, "mfc": fill})
-        if c.family == "pythia":
-            axes.axhline(place(c)[1], color="#777777", linewidth=1, zorder=0)
-    axes.plot(*zip(*map(place, front), strict=True), drawstyle="steps-post", color="#777777", linewidth=1.5, zorder=0)
-    axes.set(xscale="log", yscale="log", ylabel="validation PPL (lower is better)")
+        fill = {} if c in front else {"markerfacecolor": "white"}
+        axes.errorbar(*place(c), yerr=c.deviation.get("val_ppl"), label=label, capsize=5, **style, **fill)
+    axes.step(*zip(*map(place, front), strict=True), where="post", label="best front", zorder=0, color=GREY)
+    for c in [c for c in configs if c.family == "pythia"][:1]:
+        axes.axhline(place(c)[1], linestyle=":", label="Pythia's PPL", zorder=0, color=GREY)
+    axes.set(xscale="log", ylabel="validation PPL (lower is better)")
     axes.set_xlabel(f"cache bytes per token at {int(SHOWN_LENGTH):,} tokens (fewer is better)")
-    plain_ticks(axes)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter("")
-    picture.legend(loc="outside right upper", frameon=False, title="run: bytes, PPL")
-    return picture
+    figure.legend(loc="outside right center", title="run: bytes, PPL")
 
 
 def place(config: Config) -> tuple[float, float]:
@@ -414,37 +368,31 @@ def place(config: Config) -> tuple[float, float]:
 def best_front(configs: list[Config]) -> list[Config]:
     """Those than which none is both as small and better, by size."""
     ordered = sorted(configs, key=place)
-    lowest = itertools.accumulate((place(c)[1] for c in ordered), min, initial=float("inf"))
+    lowest = itertools.accumulate((place(c)[1] for c in ordered), min, initial=math.inf)
     return [c for c, before in zip(ordered, lowest, strict=False) if place(c)[1] < before]
 
 
-def draw_lines(configs: list[Config], key: str, x_label: str, unit: float | None) -> Any:
-    """A figure by length, position, tokens seen or window: a line per config, with bars over seeds."""
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(12, 7), layout="constrained")
-    axes = picture.subplots()
-    for c, style in zip(configs, styles(configs), strict=True):
-        y = {x: value for x, value in c.mean[key].items() if x != AFTER_FIRST}
-        xs = [float(x) / unit for x in y] if unit else list(y)
-        bars = [c.deviation[key][x] for x in y] if len(c.runs) > 1 else None
-        axes.errorbar(xs, list(y.values()), yerr=bars, label=c.name, capsize=4, markersize=8, mfc="white", **style)
-        if reset := c.mean.get(f"{key}_reset"):
-            axes.plot(xs, [reset[x] for x in y], **style | {"linestyle": ":", "linewidth": 1})
-    axes.set(xlabel=x_label, ylabel="bytes" if key == "cache_bytes" else "PPL", yscale="log")
-    axes.grid(alpha=0.3)
-    if key == "cache_bytes":
-        axes.set_xscale("log", base=2)
-    else:
-        plain_ticks(axes)
-    picture.legend(loc="outside right upper", frameon=False)
-    return picture
-
-
-def plain_ticks(axes: Any) -> None:
-    """Round numbers on a logarithmic axis of less than a decade."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+def draw_lines(figure: Any, configs: list[Config], key: str, x_label: str, y_label: str, unit: float) -> None:
+    """A panel for each architecture, the baseline as a line in all of them."""
+    baseline = next((c for c in configs if c.family == "pythia"), configs[0])
+    families = list(dict.fromkeys(c.family for c in configs if c is not baseline)) or [baseline.family]
+    rows, columns = -(-len(families) // 2), min(2, len(families))
+    figure.set_size_inches(8 * columns, 4.2 * rows)
+    for number, family in enumerate(families, 1):
+        axes = figure.add_subplot(rows, columns, number)
+        members = [c for c in configs if c.family == family and c is not baseline]
+        for c, style in zip(
+            [baseline, *members], itertools.chain([{"color": GREY}], itertools.cycle(STYLES)), strict=False
+        ):
+            y = {place: ppl for place, ppl in c.mean[key].items() if place != AFTER_FIRST}
+            x = [float(place) / unit for place in y] if unit else list(y)
+            bars = [c.deviation[key][place] for place in y] if c.deviation else None
+            axes.errorbar(x, list(y.values()), yerr=bars, capsize=4, label=c.name, **style)
+            if reset := key == "long_ppl" and c.mean.get("long_ppl_reset"):
+                axes.plot(x, [reset[w] for w in y], **{**style, "linestyle": ":", "markerfacecolor": "white"})
+        axes.set(title=family, yscale="log" if unit else "linear", xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        if key == "cache_bytes":
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:,.0f}")

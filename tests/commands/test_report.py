@@ -1,12 +1,13 @@
 """The report: seeds of a config together, the best front, every figure and picture where it belongs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.report import best_front, comparison_table, figure, group_runs, write_report
+from kit.report import best_front, column, comparison_table, format_comparison, group_runs, ppl_meaning, write_report
 
 WINDOWS = {"1": 100.0, "2": 110.0, "after 1": 110.0}
 
@@ -18,7 +19,7 @@ def make_run(name: str, model: str, val_ppl: float, bytes_per_token: float, seed
         "settings": {"model": model, "seed": seed, "init_from": "scratch", "out_dir": name},
         "seed": seed, "tokens_seen": 2048, "steps": 4, "parents": [], "commit": "c0ffee" * 6,
         "data": {"train_sha256": "d1" * 32}, "parameters": 100, "val_ppl": val_ppl,
-        "ppl_meaning": "normal from scratch", "position_ppl": {"0-16": val_ppl, "16-32": val_ppl}, "long_ppl": WINDOWS,
+        "position_ppl": {"0-16": val_ppl, "16-32": val_ppl}, "long_ppl": WINDOWS,
         "long_documents": {"1": 5, "2": 5, "after 1": 5}, "long_tokens": {"1": 50, "2": 40, "after 1": 40},
         "cache_bytes": {str(n): n * bytes_per_token for n in lengths},
         "cache_bytes_per_token": {str(n): bytes_per_token for n in lengths},
@@ -31,7 +32,7 @@ def make_runs() -> list[dict[str, Any]]:
         make_run("pythia-1338", "pythia", 250.0, 6144, seed=1338),
         make_run("mla_a", "mla", 260.0, 768),
         {**make_run("infini", "infini", 250.0, 5000), "long_ppl_reset": WINDOWS},
-        make_run("cascade", "cascade", 400.0, 900),
+        {**make_run("cascade", "cascade", 400.0, 900), "context_convergence_rates": [0.25, 0.975]},
     ]
 
 
@@ -40,9 +41,8 @@ def test_seeds_of_a_config_are_one_row_and_other_checkpoints_of_a_run_are_not() 
     configs = group_runs([*runs, {**runs[0], "run": "out/pythia/best.pt"}])
     assert [(c.name, len(c.runs)) for c in configs[:2]] == [("pythia", 2), ("mla_a", 1)]
     assert configs[-1].name == "best.pt"
-    assert configs[0].show(figure("val_ppl", ".1f")) == "245.0 ± 7.1"
-    assert configs[1].show(figure("val_ppl", ".1f")) == "260.0"
-    assert configs[1].show(figure("lambada_ppl", ".1f")) == "-"
+    shown = [c.show(column(key, "{:.1f}")) for c, key in zip(configs, ["val_ppl"] * 2 + ["lambada_ppl"], strict=False)]
+    assert shown == ["245.0 ± 7.1", "260.0", "-"]
 
 
 @pytest.mark.parametrize("key", ["tokens_seen", "settings"])
@@ -63,30 +63,57 @@ def test_nothing_on_the_best_front_is_beaten_in_both() -> None:
     assert [c.name for c in best_front(group_runs(make_runs()))] == ["mla_a", "infini", "pythia"]
 
 
-def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> None:
+def test_runs_that_were_not_trained_on_the_same_tokens_are_flagged() -> None:
+    run = make_run("a", "mla", 1.0, 1.0)
+    assert "not trained on the same tokens" not in format_comparison([run, {**run, "run": "out/b"}])
+    longer, elsewhere = {**run, "tokens_seen": 9}, {**run, "data": {"train_sha256": "abcdefghij"}}
+    for other in (longer, elsewhere, {"run": "hub/id"}):
+        assert "not trained on the same tokens: out/a on 2,048 tokens" in format_comparison([run, other])
+
+
+def test_convergence_rates_ranks_and_cuda_s_peak_are_columns_also_of_several_seeds() -> None:
+    runs = [make_run("c", "cascade", 400.0, 900), make_run("c", "cascade", 400.0, 900, seed=2), make_runs()[0]]
+    for run, rate in zip(runs, (0.25, 0.75), strict=False):
+        run |= {"context_convergence_rates": [rate, 1.0], "context_effective_rank": 8 * rate, "context_dim": 10}
+    for run, peak in zip(runs, (4_000_000, 6_000_000, 5_000_000), strict=True):
+        run["cuda_peak_bytes"] = {"256": 0, "2048": peak, "8192": 0}
+    header, rows = comparison_table(group_runs(runs))
+    cells = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    assert cells["contexts settled"] == ["50.0%, 100.0% ± 35.4%, 0.0%", "-"]
+    assert cells["contexts' rank"] == ["4.0/10 = 40.0% ± 2.8/10 = 28.3%", "-"]
+    assert cells["CUDA peak MB"] == ["5.0 ± 1.4", "5.0"]
+    assert "CUDA peak MB" not in comparison_table(group_runs(make_runs()))[0]
+
+
+@pytest.mark.parametrize(
+    ("ppl", "word"),
+    [(4, "abnormal"), (5, "suspicious"), (99, "normal at large"), (171, "normal from scratch"), (math.inf, "under")],
+)
+def test_what_a_ppl_means(ppl: float, word: str) -> None:
+    assert word in ppl_meaning(ppl)
+
+
+def test_the_report_has_every_run_figure_notice_and_picture(tmp_path: Path) -> None:
     runs = make_runs()
     runs[4]["checkpoint"] = str(tmp_path / "ckpt.pt")
     log = [{"step": s, "val_loss": 9.0 - s, "tokens_seen": 512 * s} for s in range(3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 1, "losses": [1]}, *log]))
     runs[0] |= {"not_measured": {"pile": "no such file"}}
-    runs[2] |= {"cuda_peak_bytes": {"256": 1, "2048": 98765, "8192": 3}}
-    contexts = {"context_convergence_rates": [0.912, 0.253], "context_effective_rank": 400.0, "context_dim": 1000}
-    runs[4] |= contexts
-    results = {"block_size": 512, "data": "data/own", "warnings": ["not trained on the same tokens"], "runs": runs}
+    runs[2] |= {"tokens_seen": 4096}
+    results = {"block_size": 512, "data": "data/own", "runs": runs}
     write_report(results, tmp_path / "compare")
     assert json.loads((tmp_path / "compare" / "results.json").read_text()) == results
     page = (tmp_path / "compare" / "report.md").read_text()
     for part in (
-        "| pythia | 2 | 245.0 ± 7.1 |",
-        "**Warning: not trained on the same tokens**",
-        "± and bars are the sample standard deviation over seeds",
+        "| pythia | 2 | 245.0 ± 7.1 | - |",
+        "| cascade | 1 | 400.0 | 25.0%, 97.5% | 900 | 100 | 2,048 | normal from scratch |",
+        "not trained on the same tokens: out/pythia, out/pythia-1338, out/infini, out/cascade on 2,048 tokens",
+        "± and bars the standard deviation over seeds",
         "| out/pythia-1338 | 2,048 | 4 | 1338 | c0ffeec0 | d1d1d1d1 | scratch | out/pythia-1338/ckpt.pt | ab12ab12ab12",
         "pile: not measured: no such file",
-        "| peak CUDA bytes |",
-        "| 98,765 |",
-        "| contexts settled | contexts' rank |",
-        "| 91.2%, 25.3% | 400.0/1000 = 40.0% |",
-        "cascade: PPL 400.0 is normal from scratch",
+        "| mla_a | 260.0 | 260.0 |",
+        "|   memory reset before each window | 100.0 | 110.0 | 110.0 |",
+        "| documents | 5 | 5 | 5 |",
     ):
         assert part in page
     for name in ("tradeoff", "cache", "positions", "training", "long"):
@@ -94,23 +121,13 @@ def test_the_report_has_every_run_figure_warning_and_picture(tmp_path: Path) -> 
         assert (tmp_path / "compare" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_of_several_blocks_and_ranks_have_a_spread_over_seeds() -> None:
-    runs = [make_run("c", "cascade", 400.0, 900, seed) for seed in (1, 2)]
-    for run, rate in zip(runs, (0.25, 0.75), strict=True):
-        run |= {"context_convergence_rates": [rate, 1.0], "context_effective_rank": 8 * rate, "context_dim": 10}
-    header, (row,) = comparison_table(group_runs(runs))
-    cells = dict(zip(header, row, strict=True))
-    assert cells["contexts settled"] == "50.0%, 100.0% ± 35.4%, 0.0%"
-    assert cells["contexts' rank"] == "4.0/10 = 40.0% ± 2.8/10 = 28.3%"
-
-
-@pytest.mark.parametrize("part", ["draw_pictures", "report_page"])
+@pytest.mark.parametrize("part", ["draw_pictures", "format_table"])
 def test_results_are_written_once_the_report_is_whole(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the sign of it."""
+    """compare.py takes them for a sign of it."""
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(f"kit.report.{part}", full)
