@@ -27,13 +27,14 @@ test: .venv/installed-dev
 	$(BIN)/pytest -n 2
 
 stress: .venv/installed-dev
-	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/damage tests/commands/test_compare.py tests/equations/test_models.py
+	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/damage tests/commands/test_compare.py \
+		tests/commands/test_harness.py tests/equations/test_models.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-eval.txt .venv/installed
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@

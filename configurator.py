@@ -10,17 +10,15 @@ A script's settings stand at its top, a model's in its file: frozen dataclasses,
 line in --help. Bad input raises InputError; run() turns it into one line and exit status 2.
 """
 
-import ast
 import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
+from types import ModuleType, NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -42,13 +40,7 @@ MODELS: dict[str, tuple[type, type]] = {
 }
 WIDTHS = ("hidden_size", "intermediate_size", "kv_dim", "context_dim")  # what width_divisor divides
 HELP = {"--help", "-h"}
-
 S = TypeVar("S")
-
-sys.set_int_max_str_digits(0)  # a number of 5,000 digits is refused in a line that shows it, like any other
-
-
-# ------------------------------------------------------------------------------------------------- command lines
 
 
 @dataclass(frozen=True)
@@ -59,39 +51,31 @@ class Job:
     model_config: Any  # of the model
     name: str  # of the run's folder, from the names of the config files
     parent: str  # the command that makes the run which a config given as init_from stands for
-    passed_over: list[str]  # what layers could not set
+    passed_over: list[str]  # settings of layers that were not taken
 
 
 def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
-    """train.py's command line: layers, over them the experiment that picks model or phase, over both --key=value.
-
-    phases has the settings dataclass of each phase.
-    """
+    """train.py's command line: layers, over them the experiment that picks model or phase, over both --key=value."""
     configs = [config_class for config_class, _ in MODELS.values()]
     if HELP & set(argv):
         print_help("python train.py [config files] [--key=value ...]", *phases.values(), *configs)
     paths, typed = split_arguments(argv)
     files = {path: read_config(path) for path in paths}
     layers = [path for path, keys in files.items() if not keys.keys() & {"model", "phase"}]
-    layered = merge(files[path] for path in layers)
-    own = merge(keys for path, keys in files.items() if path not in layers)
+    layered = {key: value for path in layers for key, value in files[path].items()}
+    own = {key: value for path in paths if path not in layers for key, value in files[path].items()}
     values: dict[str, Any] = {"model": "pythia", "phase": "lm"} | layered | own | typed
     model = check("model", values["model"], Literal[tuple(MODELS)])
     phase = check("phase", values["phase"], Literal[tuple(phases)])
     settings_class, config_class = phases[phase], MODELS[model][0]
 
-    valid = [*names(settings_class), *names(config_class)]
+    valid = names(settings_class) + names(config_class)
     known = sorted({name for cls in [*phases.values(), *configs] for name in names(cls)})
     for where, keys in {**files, "the command line": typed}.items():
-        for key in keys:
-            if key not in known:
-                raise InputError(unknown_key(key, where, valid, known))
-            if key not in valid and where not in layers:
-                raise InputError(f"{where}: {key!r} is no setting of model={model!r}, phase={phase!r}, but of others")
-    others = [key for key in layered if key not in valid]
-    passed_over = [f"{', '.join(others)} (not of this model and phase)"] if others else []
-    lost = [key for key in layered if key in own.keys() - typed.keys() and layered[key] != own[key]]
-    passed_over += [f"{key} (the experiment's {own[key]!r} stays)" for key in lost]
+        refuse_unknown(keys, where, known)
+        if where not in layers and (others := [key for key in keys if key not in valid]):
+            raise InputError(f"{where}: {others[0]!r} is no setting of model={model!r}, phase={phase!r}, but of others")
+    passed_over = [key for key in layered if key not in valid or (values[key] != layered[key] and key not in typed)]
 
     settings, parent = make(settings_class, values), ""
     if settings.init_from.endswith(".py"):
@@ -102,18 +86,13 @@ def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
 
 
 def parse_settings(settings_class: type[S], argv: list[str], takes: str = "") -> tuple[S, list[str]]:
-    """The command line of a script other than train.py: its settings, and the arguments that are none.
-
-    takes says in --help what these are; a script without takes none.
-    """
+    """Another script's command line: its settings, and its other arguments, which `takes` describes in --help."""
     if HELP & set(argv):
         print_help(" ".join(["python", sys.argv[0], *takes.split(), "[--key=value ...]"]), settings_class)
     arguments, values = split_arguments(argv)
     if arguments and not takes:
         raise InputError(f"{arguments[0]!r} is no option: options are written --key=value")
-    for key in values:
-        if key not in names(settings_class):
-            raise InputError(unknown_key(key, "the command line", names(settings_class)))
+    refuse_unknown(values, "the command line", names(settings_class))
     return make(settings_class, values), arguments
 
 
@@ -128,22 +107,17 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
             options[key.replace("-", "_")] = Text(value) if equals else True
-        elif argument.startswith("-"):
-            raise InputError(f"{argument!r} is no option: options are written --key=value")
-    return [a for a in argv if not a.startswith("-")], options
+    return [argument for argument in argv if not argument.startswith("--")], options
 
 
 def read_config(path: str) -> dict[str, Any]:
     """Execute a config file and return what it assigns. Raises InputError if it is not there or does not run."""
+    values: dict[str, Any] = {}
     try:
-        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
-        values: dict[str, Any] = {}
-        exec(code, values)
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), values)
     except FileNotFoundError:
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else "")) from None
-    except SyntaxError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid Python ({error.msg})") from None
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
         raise InputError(f"{path} does not run: {type(error).__name__}: {one_line(error)}") from None
     return {k: v for k, v in values.items() if not k.startswith("__") and not isinstance(v, ModuleType)}
@@ -154,38 +128,29 @@ def run_name(paths: list[str]) -> str:
     return "-".join(Path(path).stem for path in paths)
 
 
-def merge(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """All keys; of one that several have, the last one's value."""
-    return {key: value for keys in dicts for key, value in keys.items()}
-
-
-# ------------------------------------------------------------------------------------------------- keys and values
-
-
 def names(cls: type) -> list[str]:
     """The settable fields of a dataclass."""
     return [f.name for f in fields(cls) if f.init]
 
 
-def unknown_key(key: str, where: str, *keys: list[str]) -> str:
-    """The message about a key that nothing has, with the nearest one of the first keys that have one."""
-    near = next(filter(None, (difflib.get_close_matches(key, some, 1) for some in keys)), None)
-    return f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys")
+def refuse_unknown(keys: Iterable[str], where: str, known: list[str]) -> None:
+    """Raises InputError for the first key that nothing has, with the nearest one that there is."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f", did you mean {near[0]!r}?" if near else "; --help lists all keys"
+            raise InputError(f"{where}: unknown key {key!r}{hint}")
 
 
 def make(cls: type[S], values: dict[str, Any], divisor: int = 1) -> S:
-    """A settings dataclass from those of the values that it has fields for, checked, its widths divided.
-
-    Raises InputError if a value is of another type or out of range, or a width is no multiple of the divisor.
-    """
+    """A settings dataclass of the values that it has fields for, checked, its widths divided. Raises InputError."""
     hints = get_type_hints(cls, include_extras=True)
     checked = {key: check(key, values[key], hints[key]) for key in names(cls) if key in values}
-    for key in WIDTHS if divisor > 1 else ():
-        if key in hints:
-            width = checked.get(key, getattr(cls, key))
-            if width % divisor:
-                raise InputError(f"width_divisor={divisor} does not divide {key}={width}")
-            checked[key] = width // divisor
+    for key in [width for width in WIDTHS if width in hints and divisor > 1]:
+        width = checked.get(key, getattr(cls, key))
+        if width % divisor:
+            raise InputError(f"width_divisor={divisor} does not divide {key}={width}")
+        checked[key] = width // divisor
     try:
         return cls(**checked)
     except (ValueError, OverflowError) as error:
@@ -193,55 +158,36 @@ def make(cls: type[S], values: dict[str, Any], divisor: int = 1) -> S:
 
 
 def check(key: str, value: Any, hint: Any) -> Any:
-    """A value as typed or assigned -> the setting's type. Raises InputError if it does not fit."""
+    """A value, read leniently if it was typed and strictly if not -> the setting's type. Raises InputError."""
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
-    for reading in readings(value) if isinstance(value, Text) else [value]:
-        if isinstance(reading, int) and abs(reading) >= 2**63:
-            reason = "below 2^63"
-        elif isinstance(reading, str) and re.search("[\0\ud800-\udfff]", reading):
-            reason = "of characters that a file name and a text can hold"
-        else:
-            try:
-                return adapter.validate_python(reading, strict=not isinstance(reading, list | tuple))
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"].removeprefix("Input should be ")
-    shown = repr(reading)
-    shown = shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
-    raise InputError(f"{key}={shown} has to be {reason}")
-
-
-def readings(text: str) -> Iterator[Any]:
-    """What was typed may stand for: None, the text itself, a Python value; the first that fits is taken."""
-    words = {"none": None, "true": True, "false": False}
-    if text.lower() == "none":
-        yield None
-    yield str(text)
-    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        yield words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+    try:
+        if not isinstance(value, Text):
+            return adapter.validate_python(value, strict=not isinstance(value, list | tuple))
+        if value.lower() == "none" and NoneType in get_args(hint):
+            return None
+        if get_origin(hint) in (list, tuple):
+            return adapter.validate_json(value)
+        return adapter.validate_python(str(value))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise InputError(f"{key}={value!r:.80} has to be {reason}") from None
 
 
 def print_help(usage: str, *classes: type) -> NoReturn:
-    """Every key with its type, default and the comment behind it; keys that classes share are printed once."""
+    """Every key with its type, default and comment as in the source; keys that classes share are printed once."""
     print(f"usage: {usage}")
     shown: set[str] = set()
     for cls in classes:
-        lines, own = field_lines(cls), [f for f in fields(cls) if f.init and f.name not in shown]
+        sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if is_dataclass(base)]
+        lines = re.findall(r"^    (\w+): (.*?) = (.*?)  # (.*)$", "\n".join(sources), re.MULTILINE)
+        own = {name: line for name, *line in lines if name in names(cls) and name not in shown}
         if own:
             print(f"\n{(cls.__doc__ or '').splitlines()[0]}  [{cls.__name__}]")
-        for field in own:
-            print("  --{}={!r} ({})\n      {}".format(field.name, field.default, *lines[field.name]))
-            shown.add(field.name)
+        for name, (hint, default, comment) in own.items():
+            print(f"  --{name}={default} ({hint})\n      {comment}")
+        shown |= own.keys()
+    sys.stdout.flush()  # here run() sees that a reader has gone, at exit nobody would
     sys.exit(0)
-
-
-def field_lines(cls: type) -> dict[str, tuple[str, str]]:
-    """Type and comment of each field of a dataclass, as they stand in its source and in that of its bases."""
-    sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if is_dataclass(base)]
-    found = re.findall(r"^    (\w+): (.*?) = .*?  # (.*)$", "\n".join(sources), re.MULTILINE)
-    return {name: (hint, comment) for name, hint, comment in found}
-
-
-# ----------------------------------------------------------------------------- models from settings and from runs
 
 
 def build_model(name: str, model_config: Any) -> Any:
@@ -250,10 +196,7 @@ def build_model(name: str, model_config: Any) -> Any:
 
 
 def baseline_config(model_config: Any) -> PythiaConfig:
-    """The Pythia of the same widths and depth, which a variant's cache is held against.
-
-    A model without attention is held against Pythia's six layers at its hidden_size, whatever number divides that.
-    """
+    """The Pythia of the same widths and depth (where a model has none: six layers) that a cache is held against."""
     shared = set(names(PythiaConfig)) & set(names(type(model_config)))
     values = {name: getattr(model_config, name) for name in shared}
     if "num_heads" not in shared:
@@ -261,23 +204,18 @@ def baseline_config(model_config: Any) -> PythiaConfig:
     return PythiaConfig(**values)
 
 
-def rebuild_model(checkpoint: dict[str, Any], source: str | Path) -> Any:
-    """The trained model of a checkpoint. Raises InputError if its weights and settings do not belong together."""
-    try:
-        config_class, model_class = MODELS[checkpoint["config"]["model"]]
-        model = model_class(config_class(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source} is of another version of its model: {one_line(error)[:200]}") from None
-    return model
-
-
 def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
     """A trained model by run folder, checkpoint file, Hugging Face folder or hub id; and its checkpoint, if any."""
     path = Path(source)
     if (path / "ckpt.pt").is_file() or path.is_file():
         checkpoint = read_checkpoint(path)
-        return rebuild_model(checkpoint, source), checkpoint
+        try:
+            config_class, model_class = MODELS[checkpoint["config"]["model"]]
+            model = model_class(config_class(**checkpoint["model_args"]))
+            model.load_state_dict(checkpoint["model"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{source} is of another version of its model: {one_line(error)[:200]}") from None
+        return model, checkpoint
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{source} holds neither a checkpoint nor Hugging Face weights")
     try:

@@ -28,25 +28,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.fast import head_loss
 from kit.show import say, show
 from kit.weights import require_known_source, take_over
 from model_context import ContextBlock, ContextCache, init_context_linear, reference_contexts
-from pythia_base import (
-    Cache,
-    PythiaConfig,
-    PythiaModel,
-    in_float64,
-    require_positive,
-    small_init_std,
-    stream_tokens,
-)
-
-# ------------------------------------------------------------------- the equations, as plain loops in float64
+from pythia_base import Cache, LanguageModel, PythiaConfig, PythiaModel, check_numbers, in_float64, small_init_std
 
 
 def reference(model: "CascadeContextLLM", idx: Tensor) -> Tensor:
-    """What the model has to give: idx (B, T) -> logits (B, T, V)."""
+    """The equations as plain loops in float64: idx (B, T) -> logits (B, T, V)."""
     model = in_float64(model)
     block, logits = model.token_block, []
     for row in idx:
@@ -57,9 +46,6 @@ def reference(model: "CascadeContextLLM", idx: Tensor) -> Tensor:
             x_t = block.norm(e_t + F.gelu(block.linear.weight @ torch.cat([c_t, e_t]) + block.linear.bias))
             logits.append(model.head_weight @ x_t)
     return torch.stack(logits).view(*idx.shape, -1)
-
-
-# ------------------------------------------------------------------------------------------------------ the module
 
 
 @dataclass(frozen=True)
@@ -77,8 +63,7 @@ class CascadeConfig:
     layer_norm_eps: float = 1e-5  # epsilon of every LayerNorm
 
     def __post_init__(self) -> None:
-        require_positive(self, "vocab_size", "hidden_size", "context_dim", "num_context_blocks", "num_layers_per_block")
-        require_positive(self, "max_position_embeddings")
+        check_numbers(self)
 
 
 class TokenBlock(nn.Module):
@@ -98,7 +83,7 @@ class TokenBlock(nn.Module):
         return self.norm(e + F.gelu(self.linear(torch.cat([contexts, e], dim=-1))))
 
 
-class CascadeContextLLM(nn.Module):
+class CascadeContextLLM(LanguageModel):
     """N recurrent contexts and one token layer."""
 
     positions_are_independent = True  # given their contexts, so that phase 2 can draw them one by one
@@ -110,10 +95,8 @@ class CascadeContextLLM(nn.Module):
         self.embed_in = nn.Embedding(V, C)
         nn.init.normal_(self.embed_in.weight, std=small_init_std(C))
         self.embed_in.requires_grad_(not config.freeze_embedding)
-        blocks = [
-            ContextBlock(C, config.context_dim, config.num_layers_per_block, config.layer_norm_eps, "normal", True)
-            for _ in range(config.num_context_blocks)
-        ]
+        shape = C, config.context_dim, config.num_layers_per_block, config.layer_norm_eps
+        blocks = [ContextBlock(*shape, "normal", True) for _ in range(config.num_context_blocks)]
         self.context_blocks: Any = nn.ModuleList(blocks)
         self.token_block = TokenBlock(config)
         if not config.freeze_embedding:
@@ -129,34 +112,13 @@ class CascadeContextLLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix (V, C) that turns hidden states into logits."""
         return self.token_weight if self.config.tie_weights else self.embed_out.weight
 
     def recurrences(self, idx: Tensor, c: Tensor | None) -> Tensor:
-        """The exact contexts of tokens (B, T), side by side, (B, T, N E), from c (B, N E) on, or from 0 if None.
-
-        ContextBlock.step for all blocks at once: their weights are stacked and multiplied as one batched product.
-        """
-        blocks, N, E = self.context_blocks, self.config.num_context_blocks, self.config.context_dim
-        with torch.autocast(idx.device.type, enabled=False):  # rounding would add up from token to token
-            embeddings = self.embed_in(idx)
-            halves = torch.stack([block.token_half(embeddings) for block in blocks])  # (N, B, T, layers E)
-            c = halves.new_zeros(N, idx.size(0), E) if c is None else c.unflatten(-1, (N, E)).transpose(0, 1)
-            layers = [self.stacked_layer(i) for i in range(self.config.num_layers_per_block)]
-            contexts = []
-            for half in halves.unbind(dim=2):
-                for (W_c, scale, shift), b in zip(layers, half.split(E, dim=-1), strict=True):
-                    delta = F.gelu(torch.baddbmm(b, c, W_c))
-                    c = F.layer_norm(c + delta, (E,), eps=self.config.layer_norm_eps) * scale + shift  # (N, B, E)
-                contexts.append(c)
-        return torch.stack(contexts, dim=1).permute(2, 1, 0, 3).flatten(2)  # (N, T, B, E) -> (B, T, N E)
-
-    def stacked_layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer i of every block: W_c^T (N, E, E), the LayerNorms' scale and shift (N, 1, E)."""
-        linears, norms = zip(*((block.linears[i], block.norms[i]) for block in self.context_blocks), strict=True)
-        W_c = torch.stack([linear.weight[:, : self.config.context_dim] for linear in linears])
-        scale, shift = torch.stack([norm.weight for norm in norms]), torch.stack([norm.bias for norm in norms])
-        return W_c.transpose(1, 2), scale[:, None], shift[:, None]
+        """The exact contexts of tokens (B, T), side by side, (B, T, N E), from c (B, N E) on, or from 0 if None."""
+        N, embeddings = self.config.num_context_blocks, self.embed_in(idx)
+        blocks = zip(self.context_blocks, [None] * N if c is None else c.chunk(N, dim=-1), strict=True)
+        return torch.cat([block.recurrence(embeddings, c_i) for block, c_i in blocks], dim=-1)
 
     def hidden_states(self, idx: Tensor, cache: Cache | None = None, contexts: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> (B, T, C); contexts (B, T, N E) of these positions, if they are known already."""
@@ -167,28 +129,10 @@ class CascadeContextLLM(nn.Module):
             cache.layers[0].write(contexts, start)
         return self.token_block(contexts, F.embedding(idx, self.token_weight))
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        cache: Cache | None = None,
-        contexts: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V) and None; with targets (B, T), -100 left out, None and their loss."""
-        h = self.hidden_states(idx, cache, contexts)
-        if targets is None:
-            return F.linear(h, self.head_weight), None
-        return None, head_loss(h, self.head_weight, targets)
-
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """The contexts of the last position: as many numbers for any max_len."""
         width = self.config.num_context_blocks * self.config.context_dim
         return Cache([ContextCache(batch_size, 1, width, like=self.embed_in.weight)], max_len)
-
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None = None) -> Tensor:
-        """Continue the prompts idx (B, T) -> (B, T + max_new_tokens); temperature 0 is greedy."""
-        cache = self.init_cache(idx.size(0), idx.size(1) + max_new_tokens)
-        return torch.cat([idx, *stream_tokens(self, idx, cache, max_new_tokens, temperature, top_k)], dim=1)
 
     def freeze_for_phase2(self) -> None:
         """Phase 2 trains all but what the cached contexts were computed with."""
@@ -196,10 +140,7 @@ class CascadeContextLLM(nn.Module):
         self.embed_in.requires_grad_(False)
 
     def start_from(self, source: Any) -> dict[str, str]:
-        """Take over what a trained model shares with this one; returns, for each tensor, copied, converted or new.
-
-        Raises ValueError if their embeddings differ in shape, or the source is neither a cascade nor the baseline.
-        """
+        """As LanguageModel's; the copy of the table that phase 2 trains starts as the table, unless it was trained."""
         require_known_source(self, source, baseline=PythiaModel)
         starts_copy = not self.config.freeze_embedding and not hasattr(source, "embed_token")
         return take_over(self, source, {"embed_token.weight": source.embed_in.weight} if starts_copy else {})

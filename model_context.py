@@ -20,14 +20,14 @@ Context-KV: Pythia, but some layers (layer 0) attend to every 32nd context, the 
     position 1000, max_contexts 32:       contexts[8], [40], ..., [936], [968], [1000]; older ones are dropped
 
 All positions of equal residue modulo the interval attend to one another only. The last 31 x 32 + 1 = 993 contexts are
-remembered, once for all such layers, and the other layers' keys and values: 5,120 numbers per token with layer 0
-replaced, plus at most 993 x 256 (1,016,832 bytes in float32).
+remembered, once for all such layers: 5,120 numbers per token for the keys and values of the other layers, plus at most
+993 x 256 (1,016,832 bytes in float32).
 """
 
+import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -37,50 +37,23 @@ from torch import Tensor
 import pythia_base
 from kit.show import say, show, text_ids
 from kit.weights import fused_parts
-from pythia_base import (
-    Attention,
-    Cache,
-    PythiaConfig,
-    PythiaModel,
-    causal_attention,
-    in_float64,
-    merge_heads,
-    reference_rope,
-    require_positive,
-    rotate,
-    small_init_std,
-    split_heads,
-)
+from pythia_base import Attention, Cache, PythiaConfig, PythiaModel, merge_heads, rotate, split_heads
 
 # A test pins these: they were once lost in an edit, and Phase 1 stopped converging.
-WEIGHT_STD = 0.1  # of the ContextBlock's weights under init='normal'
-BIAS_STD = 0.01  # of its biases
+WEIGHT_STD, BIAS_STD = 0.1, 0.01  # of the ContextBlock's weights and biases under init='normal'
 FIRST_CONTEXTS_STD = 0.01  # of the contexts that the first iteration of Phase 1 reads
-
-SETTLING_PASSES = 20  # at least so many parallel passes tell whether the contexts of a trained block settle
-SETTLING_BATCH = 5_000  # tokens of these passes on the device at a time
-RANK_ROWS = 10_000  # rows that exist in float64 at a time while the effective rank is computed
-
+SETTLING_PASSES = 20  # parallel passes, at least, that tell whether contexts settle, whatever the exact ones do
+ROWS_AT_A_TIME = 5_000  # contexts on the device in these passes, and in float64 for the effective rank
 Init = Literal["normal", "xavier", "kaiming"]
 
 
-# ------------------------------------------------------------------- the equations, as plain loops in float64
-
-
 def reference(model: "ContextModel", idx: Tensor) -> Tensor:
-    """What both models have to give: idx (B, T) -> logits (B, T, V)."""
-    model = in_float64(model)
-    logits = []
-    for row in idx:
-        embeddings = model.embed_in.weight[row]  # (T, C)
+    """The equations of both models as plain loops in float64: idx (B, T) -> logits (B, T, V)."""
+    model, logits = pythia_base.in_float64(model), []
+    for embeddings in model.embed_in.weight[idx]:  # (T, C)
         c = reference_contexts(model.context_block, embeddings)  # (T, E)
         h = c @ model.W_in.weight.T if isinstance(model, ContextPythiaModel) else embeddings
-        for layer in model.layers:
-            x, a = layer.input_layernorm(h), layer.attention
-            reads_contexts = isinstance(a, ContextAttention)
-            attended = reference_attention(a, x, c) if reads_contexts else pythia_base.reference_attention(a, x)
-            h = h + attended + layer.mlp(layer.post_attention_layernorm(h))
-        logits.append(model.final_layer_norm(h) @ model.head_weight.T)
+        logits.append(pythia_base.reference_layers(model, h, functools.partial(reference_attention, c=c)))
     return torch.stack(logits)
 
 
@@ -90,33 +63,26 @@ def reference_contexts(block: "ContextBlock", embeddings: Tensor) -> Tensor:
     for embedding in embeddings:
         e = block.embed_norm(embedding)
         for linear, norm in zip(block.linears, block.norms, strict=True):
-            delta = F.gelu(linear.weight @ torch.cat([c, e]) + linear.bias)
-            c = norm(c + delta)
+            c = norm(c + F.gelu(linear.weight @ torch.cat([c, e]) + linear.bias))
         contexts.append(c)
     return torch.stack(contexts)
 
 
-def reference_attention(a: "ContextAttention", x: Tensor, c: Tensor) -> Tensor:
+def reference_attention(a: Any, x: Tensor, c: Tensor) -> Tensor:
     """x (T, C), contexts c (T, E) -> (T, C): head by head and query by query, over the contexts that it sees."""
-    config, D, at_intervals = a.config, a.config.head_size, isinstance(a, IntervalAttention)
-    heads = []
-    for h in range(config.num_heads):
+    if not isinstance(a, ContextAttention):
+        return pythia_base.reference_attention(a, x)
+    T, D, heads = len(x), a.config.head_size, []
+    for h in range(a.config.num_heads):
         rows = slice(D * h, D * (h + 1))
-        q = x @ a.W_Q.weight[rows].T + a.W_Q.bias[rows]
-        k, v = c @ a.W_K.weight[rows].T, c @ a.W_V.weight[rows].T
-        if not at_intervals:
-            q, k = (torch.stack([reference_rope(y[t], t, config) for t in range(len(x))]) for y in (q, k))
-        outputs = []
-        for i in range(len(x)):
-            seen = list(range(i + 1))
-            if at_intervals:  # i, i - 32, i - 64, ...: max_contexts of them at most
-                seen = list(range(i, -1, -config.context_interval))[: config.max_contexts]
-            outputs.append((k[seen] @ q[i] / math.sqrt(D)).softmax(0) @ v[seen])
-        heads.append(torch.stack(outputs))
-    return torch.cat(heads, dim=-1) @ a.dense.weight.T + a.dense.bias
-
-
-# -------------------------------------------------------------------------------------------------- the settings
+        q, k, v = x @ a.W_Q.weight[rows].T + a.W_Q.bias[rows], c @ a.W_K.weight[rows].T, c @ a.W_V.weight[rows].T
+        if isinstance(a, IntervalAttention):  # i, i - 32, i - 64, ...: max_contexts of them at most
+            seen = [list(range(i, -1, -a.config.context_interval))[: a.config.max_contexts] for i in range(T)]
+        else:
+            seen = [list(range(i + 1)) for i in range(T)]
+            q, k = (torch.stack([pythia_base.reference_rope(y[t], t, a.config) for t in range(T)]) for y in (q, k))
+        heads.append([(k[seen[i]] @ q[i] / math.sqrt(D)).softmax(0) @ v[seen[i]] for i in range(T)])
+    return torch.cat([torch.stack(head) for head in heads], dim=-1) @ a.dense.weight.T + a.dense.bias
 
 
 @dataclass(frozen=True)
@@ -126,12 +92,6 @@ class ContextPythiaConfig(PythiaConfig):
     context_dim: int = 256  # width E of a context, all that is cached of a token
     init: Init = "normal"  # of the ContextBlock: normal(0, 0.1), or xavier or kaiming for comparison
     embed_norm: bool = True  # LayerNorm between the embedding and the ContextBlock; without it Phase 1 does not settle
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "context_dim")
-        if self.init not in get_args(Init):
-            raise ValueError(f"init={self.init!r} is not one of {', '.join(get_args(Init))}")
 
 
 @dataclass(frozen=True)
@@ -144,8 +104,6 @@ class ContextKVConfig(ContextPythiaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "context_interval")
-        require_positive(self, "max_contexts")
         object.__setattr__(self, "context_layers", tuple(self.context_layers))  # a config file writes a list
         layers, num_layers = list(self.context_layers), self.num_layers
         if not layers or not set(layers) <= set(range(num_layers)):
@@ -153,33 +111,27 @@ class ContextKVConfig(ContextPythiaConfig):
 
     @property
     def window(self) -> int:
-        """Positions from the oldest attended context to the current one, both counted."""
+        """Contexts that are remembered: from the oldest attended one to the current one."""
         return (self.max_contexts - 1) * self.context_interval + 1
-
-
-# ------------------------------------------------------------------------------------------------- the recurrence
 
 
 class ContextBlock(nn.Module):
     """c_t = LayerNorm(c_{t-1} + GELU(W [c_{t-1}; e_t] + b)); further layers read the layer before instead of c_{t-1}.
 
     W [c; e] + b = W_c c + (W_e e + b). The bracket, the token half, depends on the token id alone: it is computed for
-    all tokens at once, or once per distinct id and gathered, and a step of the recurrence multiplies by W_c only.
+    all tokens, or distinct ids, at once, and a step of the recurrence multiplies by W_c only.
     """
 
-    def __init__(
-        self, hidden_size: int, context_dim: int, num_layers: int, layer_norm_eps: float, init: Init, embed_norm: bool
-    ) -> None:
+    def __init__(self, C: int, context_dim: int, num_layers: int, eps: float, init: Init, embed_norm: bool) -> None:
         super().__init__()
         self.context_dim = context_dim
         # embed_norm has no scale or shift of its own: contexts depend on nothing but the embedding and this block
-        norm = nn.LayerNorm(hidden_size, layer_norm_eps, elementwise_affine=False)
-        self.embed_norm = norm if embed_norm else nn.Identity()
-        linears = [nn.Linear(context_dim + hidden_size, context_dim) for _ in range(num_layers)]
+        self.embed_norm = nn.LayerNorm(C, eps, elementwise_affine=False) if embed_norm else nn.Identity()
+        linears = [nn.Linear(context_dim + C, context_dim) for _ in range(num_layers)]
+        self.linears: Any = nn.ModuleList(linears)
+        self.norms: Any = nn.ModuleList(nn.LayerNorm(context_dim, eps) for _ in range(num_layers))
         for linear in linears:
             init_context_linear(linear, init)
-        self.linears: Any = nn.ModuleList(linears)
-        self.norms: Any = nn.ModuleList(nn.LayerNorm(context_dim, layer_norm_eps) for _ in range(num_layers))
 
     def token_half(self, embeddings: Tensor) -> Tensor:
         """W_e LayerNorm(embedding) + b, (..., C) -> (..., E), side by side if there are several layers."""
@@ -189,8 +141,7 @@ class ContextBlock(nn.Module):
     def step(self, c: Tensor, token_half: Tensor) -> Tensor:
         """c_{t-1} (B, E) and the token half of token t -> c_t (B, E)."""
         for linear, norm, half in zip(self.linears, self.norms, token_half.split(self.context_dim, -1), strict=True):
-            delta = F.gelu(F.linear(c, linear.weight[:, : self.context_dim]) + half)
-            c = norm(c + delta)
+            c = norm(c + F.gelu(F.linear(c, linear.weight[:, : self.context_dim]) + half))
         return c
 
     def forward(self, c: Tensor, embeddings: Tensor) -> Tensor:
@@ -212,19 +163,14 @@ class ContextBlock(nn.Module):
 def init_context_linear(linear: nn.Linear, init: Init) -> None:
     """normal: weights normal(0, 0.1), biases normal(0, 0.01). The others, biases 0, are there to be compared with."""
     nn.init.zeros_(linear.bias)
-    match init:
-        case "normal":
-            nn.init.normal_(linear.weight, std=WEIGHT_STD)
-            nn.init.normal_(linear.bias, std=BIAS_STD)
-        case "xavier":
-            nn.init.xavier_uniform_(linear.weight)
-        case "kaiming":
-            nn.init.kaiming_uniform_(linear.weight)
+    if init == "normal":
+        nn.init.normal_(linear.weight, std=WEIGHT_STD)
+        nn.init.normal_(linear.bias, std=BIAS_STD)
+    else:
+        (nn.init.xavier_uniform_ if init == "xavier" else nn.init.kaiming_uniform_)(linear.weight)
 
 
 # ------------------------------------------------------------- Phase 1: OACD, origin-anchored centroid dispersion
-
-
 def oacd_loss(contexts: Tensor, centroid_weight: float) -> Tensor:
     """-||C - mean(C)||_F / n + centroid_weight ||mean(C)||^2 of contexts C (n, E): spread out, around the origin."""
     centroid = contexts.mean(dim=0)
@@ -238,8 +184,8 @@ def compute_convergence_rate(new: Tensor, old: Tensor, threshold: float) -> floa
 
 def effective_rank(contexts: Tensor) -> float:
     """exp(-sum p log p) of the normalised singular values p of contexts (N, E): E if all directions are used alike."""
-    gram = sum(rows.double().T @ rows.double() for rows in contexts.split(RANK_ROWS))  # its eigenvalues are squares
-    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    gram = sum(rows.double().T @ rows.double() for rows in contexts.split(ROWS_AT_A_TIME))
+    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # the eigenvalues of C^T C are their squares
     p = singular_values / singular_values.sum()
     return torch.special.entr(p).sum().exp().item()
 
@@ -249,45 +195,12 @@ def first_contexts(num_tokens: int, context_dim: int) -> Tensor:
     return torch.empty(num_tokens, context_dim).normal_(std=FIRST_CONTEXTS_STD)
 
 
-def shifted_batches(
-    places: Tensor, contexts: Tensor, batch_size: int, context_noise: float, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A parallel pass, a batch at a time: places (n,) on the device, the contexts (n, E) that it is to write over, and
-    those that it reads, noisy, on the device: token t reads what the last pass gave token t-1.
-    """
-    before = contexts.new_zeros(1, contexts.size(1))  # c_{-1}
-    for where, old in zip(places.split(batch_size), contexts.split(batch_size), strict=True):
-        shifted = torch.cat([before, old[:-1]]).to(device)
-        before = old[-1:].clone()  # the next batch reads it after it is written over
-        yield where.to(device), old, shifted + context_noise * torch.randn_like(shifted)
-
-
-@torch.no_grad()
-def settled_share(
-    block: ContextBlock, table: Tensor, tokens: Tensor, *, iterations: int, noise: float, threshold: float
-) -> float:
-    """Convergence rate over tokens (N,) with frozen weights: that of the last of as many passes as Phase 1 took.
-
-    But no fewer than SETTLING_PASSES. A block whose contexts never settle shows it here, whatever its exact ones do.
-    """
-    distinct, places = tokens.unique(return_inverse=True)
-    token_half = block.token_half(table[distinct.to(table.device)])  # (distinct ids, E)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same start and noise for every model
-        contexts = first_contexts(len(tokens), block.context_dim)
-        for _ in range(max(iterations, SETTLING_PASSES)):
-            before = contexts.clone()
-            for where, old, noisy in shifted_batches(places, contexts, SETTLING_BATCH, noise, table.device):
-                old.copy_(block.step(noisy, F.embedding(where, token_half)))
-    return compute_convergence_rate(contexts, before, threshold)
-
-
 def oacd_iteration(
     block: ContextBlock,
     table: Tensor,
     tokens: Tensor,
     contexts: Tensor,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     *,
     batch_size: int,
     context_noise: float,
@@ -295,38 +208,50 @@ def oacd_iteration(
     gradient_clip: float,
     convergence_threshold: float,
 ) -> tuple[float, float]:
-    """One iteration over all N tokens in parallel, and one optimizer step; returns its loss and convergence rate.
+    """One pass over all N tokens in parallel, one step of the optimizer if there is one -> loss, convergence rate.
 
-    tokens (N,) and contexts (N, E) stay on the CPU and visit the device of the embedding table (V, C) a batch at a
-    time, so that the device's memory does not grow with N. Contexts hold the last iteration's, then this one's.
-
-    The token half is computed, and differentiated, once per distinct id: its gradient is summed up over the batches.
+    tokens (N,) and contexts (N, E), the last iteration's, then this one's, stay on the CPU and visit the device of the
+    embedding table (V, C) a batch at a time. The token half is computed and differentiated once per distinct id.
     """
-    num_batches = math.ceil(len(tokens) / batch_size)
     distinct, places = tokens.unique(return_inverse=True)
     token_half = block.token_half(table[distinct.to(table.device)].detach())  # (distinct ids, E)
     half_gradient = torch.zeros_like(token_half)
-    total_loss, rate = 0.0, 0.0
-    optimizer.zero_grad()
-    for where, old, noisy in shifted_batches(places, contexts, batch_size, context_noise, table.device):
-        half = F.embedding(where, token_half.detach()).requires_grad_()
-        new = block.step(noisy, half)
-        loss = oacd_loss(new, centroid_weight) / num_batches
-        loss.backward()
-        assert half.grad is not None
-        half_gradient.index_add_(0, where, half.grad)
+    total_loss, rate, before = 0.0, 0.0, contexts.new_zeros(1, block.context_dim)  # c_{-1}
+    block.zero_grad()
+    for where, old in zip(places.split(batch_size), contexts.split(batch_size), strict=True):
+        shifted = torch.cat([before, old[:-1]]).to(table.device)  # token t reads what the last pass gave token t-1
+        before = old[-1:].clone()  # the next batch reads it after it is written over
+        where = where.to(table.device)
+        half: Any = F.embedding(where, token_half).detach().requires_grad_()
+        new = block.step(shifted + context_noise * torch.randn_like(shifted), half)
+        loss = oacd_loss(new, centroid_weight) / math.ceil(len(tokens) / batch_size)
+        if optimizer is not None:
+            loss.backward()
+            half_gradient.index_add_(0, where, half.grad)
         total_loss += loss.item()
         new = new.detach().cpu()
         rate += compute_convergence_rate(new, old, convergence_threshold) * len(old) / len(tokens)
         old.copy_(new)
-    token_half.backward(half_gradient)
-    if gradient_clip:
-        nn.utils.clip_grad_norm_(block.parameters(), gradient_clip)
-    optimizer.step()
+    if optimizer is not None:
+        token_half.backward(half_gradient)
+        if gradient_clip:
+            nn.utils.clip_grad_norm_(block.parameters(), gradient_clip)
+        optimizer.step()
     return total_loss, rate
 
 
-# --------------------------------------------------------------------------------------- the models' common parts
+@torch.no_grad()
+def settled_share(
+    block: ContextBlock, table: Tensor, tokens: Tensor, *, iterations: int, noise: float, threshold: float
+) -> float:
+    """Convergence rate over tokens (N,), weights frozen, in the last of Phase 1's iterations, or of SETTLING_PASSES."""
+    frozen = {"context_noise": noise, "centroid_weight": 0.0, "gradient_clip": 0.0, "convergence_threshold": threshold}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same start and noise for every model
+        contexts = first_contexts(len(tokens), block.context_dim)
+        for _ in range(max(iterations, SETTLING_PASSES)):
+            _, rate = oacd_iteration(block, table, tokens, contexts, None, batch_size=ROWS_AT_A_TIME, **frozen)
+    return rate
 
 
 class ContextCache:
@@ -343,13 +268,12 @@ class ContextCache:
         return self.contexts[:, positions % self.contexts.size(1)]
 
     def state(self, start: int) -> Tensor:
-        """c_{start - 1}, (B, E), from which the recurrence goes on."""
+        """c_{start - 1}, (B, E), from which the recurrence goes on; a number as index would compile each step."""
         return self.read(torch.arange(start - 1, start, device=self.contexts.device))[:, 0]
 
     def write(self, contexts: Tensor, start: int) -> None:
         """Store contexts (B, T, E) of the positions from start on, as many of the last as there is room for."""
-        kept = contexts[:, -self.contexts.size(1) :]
-        end = start + contexts.size(1)
+        kept, end = contexts[:, -self.contexts.size(1) :], start + contexts.size(1)
         positions = torch.arange(end - kept.size(1), end, device=contexts.device)
         self.contexts[:, positions % self.contexts.size(1)] = kept.to(self.contexts.dtype)
 
@@ -362,26 +286,41 @@ class ContextAttention(Attention):
         C, E = config.hidden_size, config.context_dim
         self.config: Any = config
         self.W_Q = nn.Linear(C, C)
-        self.W_K = nn.Linear(E, C, bias=False)
-        self.W_V = nn.Linear(E, C, bias=False)
+        self.W_K, self.W_V = (nn.Linear(E, C, bias=False) for _ in range(2))
         self.dense = nn.Linear(C, C)
 
 
 class ContextModel(PythiaModel):
     """What Context-Pythia and Context-KV share: one ContextBlock, which phase 2 leaves as phase 1 has trained it."""
 
-    config: ContextPythiaConfig
+    config: Any
+    prepare: Any  # stores contexts in the cache; embeddings (B, T, C) -> h_0, and what attention to contexts is given
 
     def __init__(self, config: ContextPythiaConfig) -> None:
         super().__init__(config)
-        self.context_block = ContextBlock(  # after Pythia's init_weights, since it has an init of its own
-            config.hidden_size, config.context_dim, 1, config.layer_norm_eps, config.init, config.embed_norm
-        )
+        C, E, eps = config.hidden_size, config.context_dim, config.layer_norm_eps
+        self.context_block = ContextBlock(C, E, 1, eps, config.init, config.embed_norm)  # with an init of its own
+        self.context_blocks = [self.context_block]  # those whose contexts, side by side, the model reads
 
-    @property
-    def context_blocks(self) -> list[ContextBlock]:
-        """The blocks whose contexts, side by side, the model reads."""
-        return [self.context_block]
+    def init_cache(self, batch_size: int, max_len: int) -> Cache:
+        """The last contexts, once for all layers that attend to contexts; keys and values for the others."""
+        num_positions = min(max_len, getattr(self.config, "window", max_len))
+        ring = ContextCache(batch_size, num_positions, self.config.context_dim, like=self.embed_in.weight)
+        attentions = self.attentions()
+        layers = [ring if isinstance(a, ContextAttention) else a.init_cache(batch_size, max_len) for a in attentions]
+        return Cache(layers, max_len)
+
+    def hidden_states(self, idx: Tensor, cache: Cache | None = None, contexts: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) -> (B, T, C); contexts (B, T, E) of these positions, if they are known already."""
+        start, own = (0, [None] * len(self.layers)) if cache is None else (cache.extend(idx.size(1)), cache.layers)
+        past = next((entry for entry in own if isinstance(entry, ContextCache)), None)
+        embeddings = self.embed_in(idx)
+        if contexts is None:
+            contexts = self.context_block.recurrence(embeddings, None if past is None else past.state(start))
+        h, attended = self.prepare(embeddings, contexts, start, past)
+        for block, entry in zip(self.layers, own, strict=True):
+            h = block(h, start, attended if isinstance(block.attention, ContextAttention) else entry)
+        return self.final_layer_norm(h)
 
     def freeze_for_phase2(self) -> None:
         """Phase 2 trains all but what the cached contexts were computed with."""
@@ -390,25 +329,18 @@ class ContextModel(PythiaModel):
 
     def convert(self, source: PythiaModel) -> dict[str, Tensor]:
         """A baseline's queries and output projections; keys and values have nothing there to start from."""
-        converted, theirs = dict[str, Tensor](), source.state_dict()
+        converted = {}
         for layer, attention in enumerate(self.attentions()):
-            if isinstance(attention, ContextAttention):
-                for part in ("weight", "bias"):
-                    prefix = f"layers.{layer}.attention"
-                    converted[f"{prefix}.W_Q.{part}"] = fused_parts(source, layer, part)[0]
-                    converted[f"{prefix}.dense.{part}"] = theirs[f"{prefix}.dense.{part}"]
+            for part in ("weight", "bias") if isinstance(attention, ContextAttention) else ():
+                prefix = f"layers.{layer}.attention"
+                converted[f"{prefix}.W_Q.{part}"] = fused_parts(source, layer, part)[0]
+                converted[f"{prefix}.dense.{part}"] = source.state_dict()[f"{prefix}.dense.{part}"]
         return converted
 
 
 # ------------------------------------------------------------------------------------------------- Context-Pythia
-
-
 class CausalContextAttention(ContextAttention):
-    """Causal attention with RoPE to all contexts.
-
-    Expanded for training and long prompts; absorbed for decoding, where only the rotated dimensions of the keys are
-    rebuilt. The two are equal.
-    """
+    """Causal attention with RoPE to all contexts: expanded for training and long prompts, absorbed for decoding."""
 
     def forward(self, x: Tensor, start: int, contexts: Tensor) -> Tensor:
         """x (B, T, C) of the last T of the P positions whose contexts (B, P, E) are given -> (B, T, C)."""
@@ -420,15 +352,11 @@ class CausalContextAttention(ContextAttention):
 
     def expanded(self, q: Tensor, contexts: Tensor, positions: Tensor) -> Tensor:
         """Every key and value: k = RoPE(c W_K), v = c W_V. q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)."""
-        k = rotate(split_heads(self.W_K(contexts), self.config.num_heads), positions, self.config)  # (B, H, P, D)
-        v = split_heads(self.W_V(contexts), self.config.num_heads)
-        return causal_attention(q, k, v)
+        k, v = (split_heads(W(contexts), self.config.num_heads) for W in (self.W_K, self.W_V))  # (B, H, P, D)
+        return pythia_base.causal_attention(q, rotate(k, positions, self.config), v)
 
     def absorbed(self, q: Tensor, contexts: Tensor, positions: Tensor) -> Tensor:
-        """Where RoPE does not turn, q k^T = (q W_K^T) c^T: no key is rebuilt; where it does, R of D dimensions are.
-
-        q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)
-        """
+        """The same: where RoPE does not turn, q k^T = (q W_K^T) c^T, so that R of D dimensions of keys are rebuilt."""
         B, H, T, D = q.shape
         P, R = contexts.size(1), self.config.rotary_size
         W_K, W_V = self.W_K.weight.view(H, D, -1), self.W_V.weight.view(H, D, -1)  # (H, D, E)
@@ -453,54 +381,29 @@ class ContextPythiaModel(ContextModel):
     def __init__(self, config: ContextPythiaConfig) -> None:
         super().__init__(config)
         self.W_in = nn.Linear(config.context_dim, config.hidden_size, bias=False)
-        nn.init.normal_(self.W_in.weight, std=small_init_std(config.hidden_size))
+        nn.init.normal_(self.W_in.weight, std=pythia_base.small_init_std(config.hidden_size))
 
     def make_attention(self, layer: int) -> CausalContextAttention:
         return CausalContextAttention(self.config)
 
-    def init_cache(self, batch_size: int, max_len: int) -> Cache:
-        """One entry of contexts, shared by all layers."""
-        contexts = ContextCache(batch_size, max_len, self.config.context_dim, like=self.W_in.weight)
-        return Cache([contexts] * self.config.num_layers, max_len)
-
-    def hidden_states(self, idx: Tensor, cache: Cache | None = None, contexts: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) -> (B, T, C); contexts (B, T, E) of these positions, if they are known already."""
-        start = 0 if cache is None else cache.extend(idx.size(1))
-        if contexts is None:
-            before = None if cache is None else cache.layers[0].state(start)
-            contexts = self.context_block.recurrence(self.embed_in(idx), before)
+    def prepare(self, h: Tensor, contexts: Tensor, start: int, past: ContextCache | None) -> tuple[Tensor, Tensor]:
         h = self.W_in(contexts)
-        if cache is not None:
-            cache.layers[0].write(contexts, start)
-            contexts = cache.layers[0].contexts[:, : cache.length]  # (B, P, E)
-        for block in self.layers:
-            h = block(h, start, contexts)
-        return self.final_layer_norm(h)
+        if past is not None:
+            past.write(contexts, start)
+            contexts = past.contexts[:, : start + h.size(1)]  # (B, P, E)
+        return h, contexts
 
 
 # ----------------------------------------------------------------------------------------------------- Context-KV
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Contexts at equal intervals as interval_columns lays them out, (B R, rows, E), and which rows a query sees."""
-
-    contexts: Tensor
-    seen: Tensor  # (B R, 1, query rows, rows)
-
-
 def to_columns(x: Tensor, num_columns: int) -> Tensor:
     """(B, T, W) -> (B R, rows, W): position t goes to column t % R, R = num_columns, each a sequence of its own."""
     x = F.pad(x, (0, 0, 0, -x.size(1) % num_columns))
     return x.unflatten(1, (-1, num_columns)).transpose(1, 2).flatten(0, 1)
 
 
-def from_columns(x: Tensor, num_columns: int) -> Tensor:
-    """(B R, rows, W) -> (B, T, W), T filled up to whole rows."""
-    return x.unflatten(0, (-1, num_columns)).transpose(1, 2).flatten(1, 2)
-
-
-def interval_columns(contexts: Tensor, start: int, past: ContextCache | None, config: ContextKVConfig) -> Columns:
+def interval_columns(
+    contexts: Tensor, start: int, past: ContextCache | None, config: ContextKVConfig
+) -> tuple[Tensor, Tensor]:
     """Contexts (B, T, E) from position start on -> columns (B R, rows, E), and which rows a query sees.
 
         start - 32   start - 31   ...     J rows of the past, from the cache
@@ -519,71 +422,45 @@ def interval_columns(contexts: Tensor, start: int, past: ContextCache | None, co
         contexts = torch.cat([past.read(positions[:J].flatten()), contexts], dim=1)  # (B, J R + T, E)
     age = rows[J:, None] - rows  # (query rows, rows), in intervals
     seen = (age >= 0) & (age < config.max_contexts) & (positions.T[:, None] >= 0)  # (R, query rows, rows)
-    return Columns(to_columns(contexts, R), seen.repeat(B, 1, 1)[:, None])
+    return to_columns(contexts, R), seen.repeat(B, 1, 1)[:, None]
 
 
 class IntervalAttention(ContextAttention):
     """Attention to the contexts at equal intervals; without RoPE, since the contexts carry the order."""
 
-    def forward(self, x: Tensor, start: int, columns: Columns) -> Tensor:
+    def forward(self, x: Tensor, start: int, columns: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T, C), and what interval_columns makes of its contexts -> (B, T, C)."""
-        B, T, _ = x.shape
-        R, H = columns.seen.size(0) // B, self.config.num_heads
-        q = split_heads(to_columns(self.W_Q(x), R), H)  # (B R, H, query rows, D)
-        k = split_heads(self.W_K(columns.contexts), H)  # (B R, H, rows, D)
-        v = split_heads(self.W_V(columns.contexts), H)
-        out = merge_heads(causal_attention(q, k, v, columns.seen))  # (B R, query rows, C)
-        return self.dense(from_columns(out, R)[:, :T])
+        (contexts, seen), (B, T, _), H = columns, x.shape, self.config.num_heads
+        q = split_heads(to_columns(self.W_Q(x), len(seen) // B), H)  # (B R, H, query rows, D)
+        k, v = (split_heads(W(contexts), H) for W in (self.W_K, self.W_V))  # (B R, H, rows, D)
+        out = merge_heads(pythia_base.causal_attention(q, k, v, seen))  # (B R, query rows, C)
+        return self.dense(out.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)[:, :T])
 
 
 class ContextKVPythiaModel(ContextModel):
     """Pythia with interval attention to shared contexts in the layers named by context_layers."""
 
-    config: ContextKVConfig
-
     def make_attention(self, layer: int) -> Attention:
         return IntervalAttention(self.config) if layer in self.config.context_layers else super().make_attention(layer)
 
-    def init_cache(self, batch_size: int, max_len: int) -> Cache:
-        """One ring of contexts for all replaced layers, keys and values for the others."""
-        num_positions = min(max_len, self.config.window)
-        contexts = ContextCache(batch_size, num_positions, self.config.context_dim, like=self.embed_in.weight)
-        entries = (
-            contexts if isinstance(attention, IntervalAttention) else attention.init_cache(batch_size, max_len)
-            for attention in self.attentions()
-        )
-        return Cache(list(entries), max_len)
-
-    def hidden_states(self, idx: Tensor, cache: Cache | None = None, contexts: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) -> (B, T, C); contexts (B, T, E) of these positions, if they are known already."""
-        start = 0 if cache is None else cache.extend(idx.size(1))
-        past = None if cache is None else cache.layers[self.config.context_layers[0]]
-        h = self.embed_in(idx)
-        if contexts is None:
-            contexts = self.context_block.recurrence(h, None if past is None else past.state(start))
-        columns = interval_columns(contexts, start, past, self.config)  # the same for all replaced layers
+    def prepare(self, h: Tensor, contexts: Tensor, start: int, past: ContextCache | None) -> tuple[Tensor, Any]:
+        columns = interval_columns(contexts, start, past, self.config)
         if past is not None:
             past.write(contexts, start)  # only now: it takes the place of contexts that were still to be read
-        for layer, block in enumerate(self.layers):
-            own = None if cache is None else cache.layers[layer]
-            h = block(h, start, columns if layer in self.config.context_layers else own)
-        return self.final_layer_norm(h)
+        return h, columns
 
 
 if __name__ == "__main__":
-    pythia, text = PythiaModel(PythiaConfig()), str(__doc__)
-    show(ContextPythiaModel(ContextPythiaConfig()), reference, pythia, text)
-    show(ContextKVPythiaModel(ContextKVConfig(context_interval=4, max_contexts=5)), reference, pythia, text)
-    ids, model = text_ids(text, 2000)[0], ContextPythiaModel(ContextPythiaConfig())
-    block, contexts = model.context_block, first_contexts(len(ids), 256)
+    text, quarter = str(__doc__), dict[str, Any](hidden_size=128, num_heads=2, intermediate_size=512)
+    pythia, ids = PythiaModel(PythiaConfig(**quarter)), text_ids(text, 2000)[0]
+    show(ContextPythiaModel(ContextPythiaConfig(**quarter, context_dim=64)), reference, pythia, text)
+    config = ContextKVConfig(**quarter, context_dim=64, context_interval=4, max_contexts=5)
+    show(ContextKVPythiaModel(config), reference, pythia, text)
+    block, contexts = ContextBlock(128, 64, 1, 1e-5, "normal", True), first_contexts(len(ids), 64)
     optimizer = torch.optim.Adam(block.parameters(), lr=0.003)
+    recipe = {"context_noise": 0.05, "centroid_weight": 0.1, "gradient_clip": 2.0, "convergence_threshold": 0.03}
     for iteration in range(1, 21):
-        _, rate = oacd_iteration(
-            block, model.embed_in.weight, ids, contexts, optimizer, batch_size=500, context_noise=0.05,
-            centroid_weight=0.1, gradient_clip=2.0, convergence_threshold=0.03,
-        )  # fmt: skip
+        _, rate = oacd_iteration(block, pythia.embed_in.weight, ids, contexts, optimizer, batch_size=500, **recipe)
         if iteration in (1, 2, 5, 10, 20):
-            say(
-                f"OACD, iteration {iteration}",
-                f"effective rank {effective_rank(contexts):.1f} of 256, {rate:.0%} settled",
-            )
+            rank = effective_rank(contexts)
+            say(f"OACD, iteration {iteration}", f"effective rank {rank:.1f} of 64, {rate:.0%} settled")

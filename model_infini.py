@@ -20,7 +20,6 @@ Cached: in layer 0, whatever the length, 8 x (64 x 64 + 64) numbers = 133,120 by
 that count its tokens, and 133,120 for the open segment; in layers 1-5 keys and values, 5,120 numbers a token.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,30 +33,18 @@ from torch import Tensor
 import pythia_base
 from kit.show import say, show, text_ids
 from kit.weights import bias_free_attention
-from pythia_base import (
-    Attention,
-    Cache,
-    PythiaConfig,
-    PythiaModel,
-    merge_heads,
-    require_positive,
-    split_heads,
-)
-
-# ------------------------------------------------------------------- the equations, as plain loops in float64
+from pythia_base import Attention, Cache, PythiaConfig, PythiaModel, merge_heads, split_heads
 
 
 def reference(model: "InfiniPythiaModel", idx: Tensor) -> Tensor:
-    """What the model has to give: idx (B, T) -> logits (B, T, V)."""
-
-    def attend(a: Any, x: Tensor) -> Tensor:
-        return reference_memory(a, x) if isinstance(a, InfiniAttention) else pythia_base.reference_attention(a, x)
-
-    return pythia_base.reference(model, idx, attend)
+    """The equations as plain loops in float64: idx (B, T) -> logits (B, T, V)."""
+    return pythia_base.reference(model, idx, reference_memory)
 
 
-def reference_memory(a: "InfiniAttention", x: Tensor) -> Tensor:
-    """Layer 0 for one sequence: x (T, C) -> (T, C), token by token within segment by segment, every mode of it."""
+def reference_memory(a: Any, x: Tensor) -> Tensor:
+    """x (T, C) -> (T, C), in layer 0 token by token within segment by segment, every mode of it."""
+    if not isinstance(a, InfiniAttention):
+        return pythia_base.reference_attention(a, x)
     c, T = a.config, len(x)
     H, D, G, S = c.num_heads, c.head_size, c.total_memories, c.segment_len
     q, k, v = ((x @ W.weight.T).view(T, H, D) for W in (a.W_Q, a.W_K, a.W_V))
@@ -65,10 +52,9 @@ def reference_memory(a: "InfiniAttention", x: Tensor) -> Tensor:
     heads = []
     for h in range(H):
         fade = math.exp(-c.alibi_scale * 2 ** (-8 * (h + 1) / H)) if c.use_alibi else 1.0
-        M, z = [x.new_zeros(D, D)] * G, [x.new_zeros(D)] * G
+        M, z, A = [x.new_zeros(D, D)] * G, [x.new_zeros(D)] * G, []
         written = [0] * G  # tokens in each memory
-        A = []
-        for segment, begin in enumerate(range(0, T, S)):
+        for begin in range(0, T, S):
             tokens = range(begin, min(begin + S, T))
             for t in tokens:  # read: equation (3) for each memory that holds anything
                 readings, scores = [], []
@@ -79,7 +65,7 @@ def reference_memory(a: "InfiniAttention", x: Tensor) -> Tensor:
                 A.append(torch.stack(scores).softmax(0) @ torch.stack(readings) if scores else x.new_zeros(D))
             if len(tokens) < S:
                 break  # an open segment is not written
-            g = segment // (c.segments_per_bank if c.num_memory_banks > 1 else 1) % G  # whose turn it is
+            g = begin // c.tokens_per_turn % G  # whose turn it is
             M_before, z_before = M[g], z[g]
             M, z = [m * fade for m in M], [n * fade for n in z]
             for t in tokens:  # write: equation (4), by the delta rule (5)
@@ -89,9 +75,6 @@ def reference_memory(a: "InfiniAttention", x: Tensor) -> Tensor:
             written[g] += S
         heads.append(torch.stack(A))
     return torch.stack(heads, dim=1).flatten(1) @ a.W_O.weight.T
-
-
-# -------------------------------------------------------------------------------------------------- the settings
 
 
 @dataclass(frozen=True)
@@ -109,15 +92,8 @@ class InfiniConfig(PythiaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("segment_len", "num_memory_banks", "segments_per_bank", "num_memories"):
-            require_positive(self, name)
         if self.num_memory_banks > 1 and self.num_memories > 1:
-            raise ValueError(
-                f"num_memory_banks={self.num_memory_banks} and num_memories={self.num_memories}: "
-                "banks and multi-memory exclude one another, leave one of them at 1"
-            )
-        if self.alibi_scale < 0:
-            raise ValueError(f"alibi_scale={self.alibi_scale} has to be at least 0")
+            raise ValueError("num_memory_banks and num_memories: banks and multi-memory exclude one another")
 
     @property
     def total_memories(self) -> int:
@@ -130,13 +106,10 @@ class InfiniConfig(PythiaConfig):
         return self.segment_len * (self.segments_per_bank if self.num_memory_banks > 1 else 1)
 
 
-# ------------------------------------------------------------------------------------------------------ the memory
-
-
 class Memory:
     """What layer 0 remembers of B sequences, each its own; float32 whatever the model's dtype.
 
-    M and z stand side by side in one matrix, [M z], D rows of D + 1: one product reads both, one product writes both.
+    M and z stand side by side in one matrix [M z], D rows of D + 1: one product reads both, one product writes both.
     """
 
     def __init__(self, batch_size: int, config: InfiniConfig, like: Tensor) -> None:
@@ -144,31 +117,6 @@ class Memory:
         self.Mz = like.new_zeros(B, G, H, D, D + 1, dtype=torch.float32)
         self.pending = like.new_zeros(B, H, D, D + 1, dtype=torch.float32)  # what the open segment will add
         self.written = like.new_zeros(B, G, dtype=torch.int64)  # tokens in each memory
-
-    def store(self, new: "Memory") -> None:
-        """Take over new's tensors, with their graph."""
-        vars(self).update(vars(new))
-
-    @property
-    def state_nbytes(self) -> int:
-        """Bytes of M and z."""
-        return self.Mz.nbytes
-
-    @property
-    def pending_nbytes(self) -> int:
-        """Bytes of what the open segment will add."""
-        return self.pending.nbytes
-
-
-class MemoryCache(Memory):
-    """The memory as decoding keeps it: allocated once."""
-
-    def store(self, new: Memory) -> None:
-        for name, tensor in vars(self).items():
-            tensor.copy_(getattr(new, name))
-
-
-# --------------------------------------------------------------------------------------------------- the attention
 
 
 def phi(x: Tensor) -> Tensor:
@@ -179,16 +127,10 @@ def phi(x: Tensor) -> Tensor:
 def retrieve(x: Tensor, Mz: Tensor) -> tuple[Tensor, Tensor]:
     """A = x M / (x z), equation (3), and x z, for features x (..., T, D) and Mz (..., D, D + 1).
 
-    An empty memory returns 0: its normaliser is replaced before the division, not the quotient after it, whose gradient
-    would still be 0/0.
+    An empty memory returns 0: its normaliser is replaced before the division, or the gradient would still be 0/0.
     """
     xM, xz = (x @ Mz).split([x.size(-1), 1], dim=-1)  # (..., T, D), (..., T, 1)
     return xM / xz.where(xz > 0, 1), xz
-
-
-def piece_sizes(start: int, T: int, S: int) -> list[int]:
-    """How many of the T tokens from position start fall into each segment."""
-    return [end - begin for begin, end in pairwise([0, *range(S - start % S, T, S), T])]
 
 
 class InfiniAttention(Attention):
@@ -198,33 +140,26 @@ class InfiniAttention(Attention):
         super().__init__()
         C, G, H = config.hidden_size, config.total_memories, config.num_heads
         self.config = config
-        self.W_Q = nn.Linear(C, C, bias=False)
-        self.W_K = nn.Linear(C, C, bias=False)
-        self.W_V = nn.Linear(C, C, bias=False)
-        self.W_O = nn.Linear(C, C, bias=False)
+        self.W_Q, self.W_K, self.W_V, self.W_O = (nn.Linear(C, C, bias=False) for _ in range(4))
         if config.num_memory_banks > 1:
             self.bank_scores = nn.Parameter(torch.zeros(G, H))
 
-    def init_cache(self, batch_size: int, max_len: int) -> MemoryCache:
-        return MemoryCache(batch_size, self.config, like=self.W_Q.weight)
+    def init_cache(self, batch_size: int, max_len: int) -> Memory:
+        return Memory(batch_size, self.config, like=self.W_Q.weight)
 
-    # unrolled over its segments, the loop below would take minutes to compile
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, start: int, cache: Memory | None) -> Tensor:
-        """x (B, T, C), its first token at position start -> (B, T, C)."""
+        if torch.compiler.is_compiling():  # unrolled over its segments, attend would take minutes to compile
+            return torch.compiler.disable(self.forward)(x, start, cache)
         q, k, v = (split_heads(W(x), self.config.num_heads) for W in (self.W_Q, self.W_K, self.W_V))  # (B, H, T, D)
-        memory = Memory(x.size(0), self.config, like=x) if cache is None else copy.copy(cache)
+        memory = Memory(x.size(0), self.config, like=x) if cache is None else cache
         with torch.autocast(x.device.type, enabled=False):  # sums over a whole document: float32
             A = self.attend(phi(q.float()), phi(k.float()), v.float(), start, memory)
-        if cache is not None:
-            cache.store(memory)
         return self.W_O(merge_heads(A).to(q.dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, memory: Memory) -> Tensor:
         """Segment by segment, read first; a segment is written where it ends. q, k, v (B, H, T, D) -> (B, H, T, D)."""
-        S = self.config.segment_len
-        sizes = piece_sizes(start, q.size(2), S)
-        A = []
+        S, T, A = self.config.segment_len, q.size(2), []
+        sizes = [end - begin for begin, end in pairwise([0, *range(S - start % S, T, S), T])]  # T cut at segments' ends
         for q_s, k_s, v_s in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
             A.append(self.read(q_s, memory))
             # every write of an open segment starts from the same M_{s-1}, so that their sum is all there is to keep
@@ -256,8 +191,8 @@ class InfiniAttention(Attention):
 
     def turn(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """The index into (B, G) of the memory that each row's open segment goes to."""
-        rows = torch.arange(memory.written.size(0), device=memory.written.device)
-        return rows, memory.written.sum(dim=1) // self.config.tokens_per_turn % self.config.total_memories
+        turns = memory.written.sum(dim=1) // self.config.tokens_per_turn
+        return torch.arange(len(turns), device=turns.device), turns % self.config.total_memories
 
     def slopes(self, device: torch.device) -> Tensor:
         """ALiBi's, 2^-1 ... 2^-8 for 8 heads, times alibi_scale: (H, 1, 1), float32 whatever the model's dtype."""
@@ -274,38 +209,25 @@ class InfiniAttention(Attention):
         memory.pending = torch.zeros_like(memory.pending)
 
 
-# ------------------------------------------------------------------------------------------------------- the model
-
-
 class CarriedMemory(Cache):
     """Layer 0's memory from window to window of long documents, a document per row.
 
-    To the model it is a cache that only layer 0 remembers anything in: every window stands at positions from 0. Windows
-    are whole segments, so that rows need not be at the same point of their documents.
+    To the model it is a cache that only layer 0 remembers anything in: every window stands at positions from 0.
     """
 
     def __init__(self, batch_size: int, config: InfiniConfig, like: Tensor) -> None:
-        self.memory = Memory(batch_size, config, like)
-        self.segment_len = config.segment_len
+        self.memory, self.segment_len = Memory(batch_size, config, like), config.segment_len
         super().__init__([self.memory] + [None] * (config.num_layers - 1), config.max_position_embeddings)
 
     def extend(self, num_tokens: int) -> int:
         """Open a window: its first position, 0. Raises ValueError if it would end within a segment."""
         if num_tokens % self.segment_len:
-            raise ValueError(
-                f"a window of {num_tokens} tokens ends within a segment: a carried memory needs "
-                f"windows that are a multiple of segment_len={self.segment_len}"
-            )
+            raise ValueError(f"a window of {num_tokens} tokens is no multiple of segment_len={self.segment_len}")
         return 0
 
     def detach(self) -> None:
         """Truncated backpropagation: the next window reads what the last one wrote, its gradient stays out."""
         self.load_state_dict(self.state_dict())
-
-    def reset(self, rows: Tensor) -> None:
-        """Forget the documents that have ended: rows (B,), True where the next window begins a new one."""
-        for name, tensor in vars(self.memory).items():
-            setattr(self.memory, name, tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors, for a checkpoint."""
@@ -329,12 +251,7 @@ class InfiniPythiaModel(PythiaModel):
         return CarriedMemory(batch_size, self.config, like=self.embed_in.weight)
 
     def hidden_states(self, idx: Tensor, cache: Cache | None = None, memory: CarriedMemory | None = None) -> Tensor:
-        """As PythiaModel.hidden_states. With a memory, idx is the next window of each row's document.
-
-        Layer 0 reads what the windows before it left, and adds to it; the other layers see this window alone.
-        """
-        if cache is not None and memory is not None:
-            raise ValueError("a cache holds a memory of its own: give either cache or memory")
+        """As PythiaModel's; with a memory instead of a cache, idx is the next window of each row's document."""
         return super().hidden_states(idx, cache if memory is None else memory)
 
     def convert(self, source: PythiaModel) -> dict[str, Tensor]:
@@ -343,14 +260,12 @@ class InfiniPythiaModel(PythiaModel):
 
 
 if __name__ == "__main__":
-    text = str(__doc__)
-    model = InfiniPythiaModel(InfiniConfig(segment_len=8))
+    model, text = InfiniPythiaModel(InfiniConfig(segment_len=8)), str(__doc__)
     show(model, reference, PythiaModel(PythiaConfig()), text)
     with torch.no_grad():
-        memory = model.layers[0].attention.init_cache(1, 10_000)
-        x, start = model.embed_in(text_ids(text * 8, 10_000)), 0
+        attention = InfiniAttention(InfiniConfig())
+        memory, x, start = attention.init_cache(1, 10_000), model.embed_in(text_ids(text * 8, 10_000)), 0
         for end in (100, 1_000, 10_000):
-            model.layers[0].attention(x[:, start:end], start, memory)
-            start = end
-            state = sum(tensor.nbytes for tensor in vars(memory).values())
+            attention(x[:, start:end], start, memory)
+            start, state = end, sum(tensor.nbytes for tensor in vars(memory).values())
             say(f"layer 0 after {end:,} tokens", f"{state:,} bytes, {memory.Mz.norm():.1f} the norm of what it holds")

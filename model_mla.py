@@ -22,35 +22,26 @@ from torch import Tensor
 import pythia_base
 from kit.show import largest, say, show, text_ids
 from kit.weights import bias_free_attention
-from pythia_base import Attention, PythiaConfig, PythiaModel, merge_heads, require_positive, split_heads
-
-# ------------------------------------------------------------------- the equations, as plain loops in float64
+from pythia_base import Attention, PythiaConfig, PythiaModel, merge_heads, split_heads
 
 
 def reference(model: "MLAPythiaModel", idx: Tensor) -> Tensor:
-    """What the model has to give: idx (B, T) -> logits (B, T, V)."""
+    """The equations as plain loops in float64: idx (B, T) -> logits (B, T, V)."""
     return pythia_base.reference(model, idx, reference_attention)
 
 
 def reference_attention(a: "LatentAttention", x: Tensor) -> Tensor:
     """x (T, C) -> (T, C), head by head and query by query. Numbers of equations are DeepSeek-V2's."""
-    D, m = a.config.head_size, a.config.alibi_slope
+    D, m, heads = a.config.head_size, a.config.alibi_slope, []
     c_kv = x @ a.W_DKV.weight.T  # (9)
-    heads = []
-    for h in range(a.config.num_heads):
-        rows = slice(D * h, D * (h + 1))
-        q = x @ a.W_Q.weight[rows].T
-        k = c_kv @ a.W_UK.weight[rows].T  # (10)
-        v = c_kv @ a.W_UV.weight[rows].T  # (11)
+    for W_Q, W_UK, W_UV in zip(*(W.weight.split(D) for W in (a.W_Q, a.W_UK, a.W_UV)), strict=True):
+        q, k, v = x @ W_Q.T, c_kv @ W_UK.T, c_kv @ W_UV.T  # (10), (11)
         outputs = []
         for i in range(len(x)):
             scores = [q[i] @ k[j] / math.sqrt(D) - m * (i - j) for j in range(i + 1)]
             outputs.append(torch.stack(scores).softmax(0) @ v[: i + 1])
         heads.append(torch.stack(outputs))
     return torch.cat(heads, dim=-1) @ a.W_O.weight.T
-
-
-# ------------------------------------------------------------------------------------------------------ the module
 
 
 @dataclass(frozen=True)
@@ -64,18 +55,15 @@ class MLAConfig(PythiaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "kv_dim")
         if self.kv_dim > self.hidden_size:
             raise ValueError(f"kv_dim={self.kv_dim} is above hidden_size={self.hidden_size}: nothing would shrink")
-        if not 0 <= self.alibi_slope < math.inf:
-            raise ValueError(f"alibi_slope={self.alibi_slope} has to be at least 0 and finite")
 
 
+@dataclass(frozen=True)
 class ALiBiPositionEncoding:
-    """Attention with linear biases (Press et al. 2021): a key loses slope x its distance from the query."""
+    """Attention with linear biases (Press et al. 2021): a key loses slope x its distance. Fast: alibi_attention."""
 
-    def __init__(self, slope: float) -> None:
-        self.slope = slope
+    slope: float
 
     def apply_to_scores(self, scores: Tensor, seq_len: int) -> Tensor:
         """scores - m (i - j) for j <= i, else -inf. scores (..., T, P) of the last seq_len = T of P positions."""
@@ -92,9 +80,8 @@ class LatentCache:
 
     def append(self, c_kv: Tensor, start: int) -> Tensor:
         """Write c_kv (B, T, L) at position start; returns all latents so far, (B, P, L)."""
-        end = start + c_kv.size(1)
-        self.c_kv[:, start:end] = c_kv
-        return self.c_kv[:, :end]
+        self.c_kv[:, start : start + c_kv.size(1)] = c_kv
+        return self.c_kv[:, : start + c_kv.size(1)]
 
 
 class LatentAttention(Attention):
@@ -109,37 +96,31 @@ class LatentAttention(Attention):
         self.W_UK = nn.Linear(L, C, bias=False)
         self.W_UV = nn.Linear(L, C, bias=False)
         self.W_O = nn.Linear(C, C, bias=False)
-        self.alibi = ALiBiPositionEncoding(config.alibi_slope)
 
     def init_cache(self, batch_size: int, max_len: int) -> LatentCache:
         return LatentCache(batch_size, max_len, self.config.kv_dim, like=self.W_DKV.weight)
 
     def forward(self, x: Tensor, start: int, cache: LatentCache | None) -> Tensor:
-        """x (B, T, C), its first token at position start -> (B, T, C)."""
         q = split_heads(self.W_Q(x), self.config.num_heads)  # (B, H, T, D)
         c_kv = self.W_DKV(x)  # (B, T, L)
         if cache is not None:
             c_kv = cache.append(c_kv, start).to(q.dtype)  # (B, P, L)
-        attend = self.absorbed if cache is not None and self.absorbing_is_cheaper(x.size(1)) else self.expanded
-        return self.W_O(merge_heads(attend(q, c_kv)))
+        decodes = cache is not None and self.absorbing_is_cheaper(x.size(1))
+        return self.W_O(merge_heads(self.absorbed(q, c_kv) if decodes else self.expanded(q, c_kv)))
 
     def expanded(self, q: Tensor, c_kv: Tensor) -> Tensor:
         """Rebuild every key and value: k = c_kv W_UK, v = c_kv W_UV. q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)."""
-        k = split_heads(self.W_UK(c_kv), self.config.num_heads)  # (B, H, P, D)
-        v = split_heads(self.W_UV(c_kv), self.config.num_heads)
+        k, v = (split_heads(W(c_kv), self.config.num_heads) for W in (self.W_UK, self.W_UV))  # (B, H, P, D)
         return alibi_attention(q, k, v, self.config.alibi_slope)
 
     def absorbed(self, q: Tensor, c_kv: Tensor) -> Tensor:
-        """q k^T = (q W_UK^T) c_kv^T, so queries move into the latent space and no key or value is rebuilt.
-
-        q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)
-        """
+        """The same: q k^T = (q W_UK^T) c_kv^T, queries move into the latent space and no key or value is rebuilt."""
         B, H, T, D = q.shape
-        W_UK = self.W_UK.weight.view(H, D, -1).to(q.dtype)  # (H, D, L)
-        W_UV = self.W_UV.weight.view(H, D, -1).to(q.dtype)
+        W_UK, W_UV = (W.weight.view(H, D, -1).to(q.dtype) for W in (self.W_UK, self.W_UV))  # (H, D, L)
         q_latent = (q @ W_UK).flatten(1, 2)  # (B, H T, L): one product serves all heads
         scores = (q_latent @ c_kv.transpose(1, 2)).view(B, H, T, -1) / math.sqrt(D)  # (B, H, T, P)
-        weights = self.alibi.apply_to_scores(scores, T).softmax(dim=-1).to(c_kv.dtype)
+        alibi = ALiBiPositionEncoding(self.config.alibi_slope)
+        weights = alibi.apply_to_scores(scores, T).softmax(dim=-1).to(c_kv.dtype)
         out_latent = (weights.flatten(1, 2) @ c_kv).view(B, H, T, -1)  # (B, H, T, L)
         return out_latent @ W_UV.transpose(1, 2)
 
@@ -150,27 +131,21 @@ class LatentAttention(Attention):
 
 
 def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
-    """The fast form of apply_to_scores, softmax and v: plain causal attention, (B, H, T, D), on the fused kernels.
+    """The fast form of apply_to_scores, softmax and v, (B, H, T, D): plain causal attention on the fused kernels.
 
     Softmax ignores what is constant in a row, so -m (i - j) and +m j are the same bias, and a product of one more
     dimension of q and k can carry it: (m sqrt(D)) j / sqrt(D). bfloat16 counts exactly to 256 only, hence two
     dimensions, j = 64 (j // 64) + j % 64. Keys, queries and values are padded alike, or SDPA leaves its fast path.
     """
-    B, H, T, D = q.shape
-    P = k.size(-2)
+    (B, H, T, D), P = q.shape, k.size(-2)
     j = torch.arange(P, device=q.device)
     extra = -(-(D + 2) // 8) * 8 - D  # up to the next multiple of 8, the width that the kernels want
     k_bias = F.pad(torch.stack([j // 64 * 64, j % 64], dim=-1), (0, extra - 2)).to(k.dtype)  # (P, extra)
-    q_bias = q.new_full((T, extra), slope * math.sqrt(D))
-    q = torch.cat([q, q_bias.expand(B, H, -1, -1)], dim=-1)
     k = torch.cat([k, k_bias.expand(B, H, -1, -1)], dim=-1)
-    v = F.pad(v, (0, extra))
+    q, v = F.pad(q, (0, extra), value=slope * math.sqrt(D)), F.pad(v, (0, extra))
     mask = None if T == P else torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(D))
     return out[..., :D]
-
-
-# ------------------------------------------------------------------------------------------------------- the model
 
 
 class MLAPythiaModel(PythiaModel):
@@ -185,25 +160,24 @@ class MLAPythiaModel(PythiaModel):
         """Keys and values of a baseline -> latents: truncated SVD of the stacked weights (TransMLA, arXiv 2502.07864).
 
         [W_K; W_V] = U S V^T  ~  [W_UK; W_UV] W_DKV,   [W_UK; W_UV] = U sqrt(S), W_DKV = sqrt(S) V^T, L columns of each.
-        The rest is bias_free_attention's.
         """
         L, converted = self.config.kv_dim, dict[str, Tensor]()
         for layer in range(self.config.num_layers):
-            theirs, prefix = bias_free_attention(source, layer), f"layers.{layer}.attention"
-            W_K, W_V = theirs.pop(f"{prefix}.W_K.weight"), theirs.pop(f"{prefix}.W_V.weight")  # (C, C) each
+            prefix = f"layers.{layer}.attention"
+            converted |= bias_free_attention(source, layer)
+            W_K, W_V = converted.pop(f"{prefix}.W_K.weight"), converted.pop(f"{prefix}.W_V.weight")  # (C, C) each
             U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).double(), full_matrices=False)
             W_UK, W_UV = (U[:, :L] * S[:L].sqrt()).float().chunk(2)  # (C, L) each
             W_DKV = (S[:L].sqrt()[:, None] * Vt[:L]).float()
-            latent = {"W_DKV": W_DKV, "W_UK": W_UK, "W_UV": W_UV}
-            converted |= theirs | {f"{prefix}.{name}.weight": weight for name, weight in latent.items()}
+            converted |= {f"{prefix}.W_DKV.weight": W_DKV, f"{prefix}.W_UK.weight": W_UK, f"{prefix}.W_UV.weight": W_UV}
         return converted
 
 
 if __name__ == "__main__":
-    model = MLAPythiaModel(MLAConfig())
-    show(model, reference, PythiaModel(PythiaConfig()), str(__doc__))
+    model, text = MLAPythiaModel(MLAConfig()), str(__doc__)
+    show(model, reference, PythiaModel(PythiaConfig()), text)
     with torch.no_grad():
-        layer, h = model.layers[0], model.embed_in(text_ids(str(__doc__), 256))
-        q, c_kv = split_heads(layer.attention.W_Q(h), 8), layer.attention.W_DKV(h)
-        apart = largest(layer.attention.absorbed(q, c_kv), layer.attention.expanded(q, c_kv))
+        attention, x = model.layers[0].attention, model.embed_in(text_ids(text, 256))
+        q, c_kv = split_heads(attention.W_Q(x), 8), attention.W_DKV(x)
+        apart = largest(attention.absorbed(q, c_kv), attention.expanded(q, c_kv))
     say("absorbed against expanded", f"{apart:.1e} apart at most, 256 queries and latents of layer 0")

@@ -14,23 +14,19 @@
 document; the doc index holds the position of that leading 0. The tokenizer is GPT-NeoX-20B's, run by tiktoken.
 """
 
-import functools
 import glob
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
-import signal
 import sys
-import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -45,7 +41,7 @@ from configurator import load_source, parse_settings
 from kit.contexts import ContextSettings, context_cache
 from kit.files import DISK_ERRORS, InputError, make_folder, run, sha256_of
 from kit.runs import pick_device
-from kit.text import MINI, get_reversal_pairs, hub_revision, load_tokenizer, mini_texts, require_whole_zst
+from kit.text import MINI, Tokenizer, get_reversal_pairs, hub_revision, load_tokenizer, mini_texts, require_whole_zst
 from kit.tokens import DATASETS, INDEX_DTYPE, SPLITS, load_tokens
 
 
@@ -62,12 +58,10 @@ class PrepSettings(ContextSettings):
     seed: NonNegativeInt = 1337  # of the split
     reversal_repeats: NonNegativeInt = 20  # how often each forward reversal sentence stands in the training data
     max_tokens: PositiveInt | None = None  # stop after about so many tokens
-    num_workers: PositiveInt | None = None  # tokenising processes; None: one per core
+    num_workers: PositiveInt | None = None  # tokenising threads; None: one per core
     overwrite: bool = False  # replace token files made with other settings
     device: str = "auto"  # contexts: 'auto' takes cuda, then mps, then cpu
 
-
-# -------------------------------------------------------------------------------------------------------------- sources
 
 Row = Mapping[str, Any]  # a document as the Pile has it: {'text': ..., 'meta': {'pile_set_name': its subset}}
 
@@ -83,38 +77,34 @@ class Source(NamedTuple):
 def open_source(settings: PrepSettings, cache_dir: Path) -> Source:
     if settings.files is not None:
         return open_files(settings, cache_dir)
-    return open_mini(settings) if settings.dataset == "mini" else open_hub(HUB_SETS[settings.dataset])
+    if settings.dataset == "mini":
+        rows = [{"text": text, "meta": {"pile_set_name": subset}} for text, subset in mini_texts(settings.data_dir)]
+        return in_hash_order(rows, settings.seed, {archive.filename: archive.sha256 for archive in MINI})
+    path, config, split, documents, read = HUB_SETS[settings.dataset]
+    revision = hub_revision(path)
+    version = {"hub": path, "config": config, "split": split, "revision": revision}
+    return Source(read(stream_hub(path, config, split, revision)), documents, version)
 
 
-def open_mini(settings: PrepSettings) -> Source:
-    rows = [{"text": text, "meta": {"pile_set_name": subset}} for text, subset in mini_texts(settings.data_dir)]
-    return in_hash_order(rows, settings.seed, {archive.filename: archive.sha256 for archive in MINI})
-
-
-FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}  # as `datasets` has them
+FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "parquet"}  # as `datasets` names them
 
 
 def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
-    """The files that settings.files matches: a .txt is one document, in the other formats each record is one.
-
-    `datasets` converts them to Arrow files below cache_dir and maps those, so that memory stays flat; of a .txt it
-    turns every kind of line end into a newline.
-    """
+    """The matching files: a .txt or a record is a document. `datasets` maps them below cache_dir: memory stays flat."""
     import datasets
 
     paths = matching_files(settings)
-    kinds = {next((kind for end, kind in FILE_FORMATS.items() if path.endswith(end)), "other") for path in paths}
-    kind = kinds.pop()
-    if kinds or kind == "other":
+    kinds = {FILE_FORMATS.get(Path(path).suffix) for path in paths}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
         raise InputError(f"--files={settings.files} has to match files of one kind: {', '.join(FILE_FORMATS)}")
-    options = {"sample_by": "document"} if kind == "text" else {}
-    literal = [glob.escape(path) for path in paths]
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    options |= {"data_files": [glob.escape(path) for path in paths], "split": "train", "cache_dir": str(cache_dir)}
     try:
         for path in paths:
             if path.endswith(".zst"):
                 require_whole_zst(Path(path))
-        rows = datasets.load_dataset(kind, data_files=literal, split="train", cache_dir=str(cache_dir), **options)
-        return in_hash_order(rows, settings.seed, {"files": settings.files})
+        return in_hash_order(datasets.load_dataset(kind, **options), settings.seed, {"files": settings.files})
     except InputError:
         raise
     except Exception as error:  # whatever the reader of the format raises
@@ -125,10 +115,7 @@ def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
 
 
 def matching_files(settings: PrepSettings) -> list[str]:
-    paths = sorted(path for path in glob.glob(str(settings.files), recursive=True) if os.path.isfile(path))
-    if not paths:
-        raise InputError(f"--files={settings.files} matches no file")
-    return paths
+    return sorted(filter(os.path.isfile, glob.glob(settings.files or "", recursive=True)))
 
 
 def in_hash_order(rows: Sequence[Row], seed: int, version: dict[str, Any]) -> Source:
@@ -136,17 +123,6 @@ def in_hash_order(rows: Sequence[Row], seed: int, version: dict[str, Any]) -> So
     digests = np.fromiter((text_digest(text_of(row), seed) for row in rows), dtype="S16", count=len(rows))
     _, order = np.unique(digests, return_index=True)
     return Source((rows[int(i)] for i in order), len(order), version)
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """A dataset of the Hugging Face hub, one that loads without a script."""
-
-    path: str
-    config: str
-    split: str
-    documents: int  # about, as published
-    read: Callable[[Iterable[Row]], Iterator[Row]] = iter
 
 
 def wikitext_pages(rows: Iterable[Row]) -> Iterator[Row]:
@@ -167,28 +143,18 @@ def chat_texts(rows: Iterable[Row]) -> Iterator[Row]:
         yield {"text": "\n\n".join(turns)}
 
 
-HUB_SETS = {
-    "pile": HubSet("monology/pile-uncopyrighted", "default", "train", 177_000_000),
-    "pile10k": HubSet("NeelNanda/pile-10k", "default", "train", 10_000),
-    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", 629, wikitext_pages),
-    "ultrachat": HubSet("HuggingFaceH4/ultrachat_200k", "default", "train_sft", 207_865, chat_texts),
+# repositories that load without a script, config, split, about how many documents, and what reads the rows
+HUB_SETS: dict[str, tuple[str, str, str, int, Callable[[Iterable[Row]], Iterator[Row]]]] = {
+    "pile": ("monology/pile-uncopyrighted", "default", "train", 177_000_000, iter),
+    "pile10k": ("NeelNanda/pile-10k", "default", "train", 10_000, iter),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", 629, wikitext_pages),
+    "ultrachat": ("HuggingFaceH4/ultrachat_200k", "default", "train_sft", 207_865, chat_texts),
 }
 
 
-def open_hub(hub_set: HubSet) -> Source:
-    try:
-        revision = hub_revision(hub_set.path, "dataset")
-    except InputError as error:
-        without = "--dataset=mini and your own texts, --dataset=NAME --files=GLOB, do without it"
-        raise InputError(f"{error}; {without}") from None
-    version = {"hub": hub_set.path, "config": hub_set.config, "split": hub_set.split, "revision": revision}
-    return Source(hub_set.read(stream_hub(hub_set, revision)), hub_set.documents, version)
-
-
-def stream_hub(hub_set: HubSet, revision: str | None) -> Iterator[Row]:
+def stream_hub(path: str, config: str, split: str, revision: str | None) -> Iterator[Row]:
     import datasets
 
-    path, config, split = hub_set.path, hub_set.config, hub_set.split
     try:
         yield from datasets.load_dataset(path, config, split=split, revision=revision, streaming=True)
     except Exception as error:  # of several libraries
@@ -197,10 +163,8 @@ def stream_hub(hub_set: HubSet, revision: str | None) -> Iterator[Row]:
 
 # ------------------------------------------------------------------------------------------------------- text to tokens
 
-BATCH_DOCUMENTS = 64  # what a worker gets at a time
-POOL_DOCUMENTS = 20_000  # with fewer documents the workers would take longer to start than to work
+BATCH_DOCUMENTS = 64  # what a thread gets at a time
 Encoded = tuple[np.ndarray, str, str]  # a document's token ids, subset and split
-load_once = functools.cache(load_tokenizer)  # a process has one tokenizer
 
 
 def text_of(row: Row) -> str:
@@ -221,84 +185,48 @@ def split_of(text: str, settings: PrepSettings) -> str:
     return "val" if int.from_bytes(last_bytes) / 2**64 < settings.val_fraction else "train"
 
 
-@functools.cache
-def backward_sentences() -> re.Pattern[str]:
-    """Matches any of them, whatever its line breaks."""
-    return re.compile("|".join(r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()))
-
-
-def encode(rows: Sequence[Row], settings: PrepSettings) -> list[Encoded]:
+def encode(rows: list[Row], tokenizer: Tokenizer, backward: re.Pattern[str], settings: PrepSettings) -> list[Encoded]:
     """The documents that are not blank. Raises InputError if one for training holds a backward sentence."""
-    tokenizer = load_once(settings.tokenizer, settings.data_dir)
     encoded = []
     for row in rows:
         text, meta = text_of(row), row.get("meta")
-        if not text.strip():
-            continue
         split = split_of(text, settings)
-        if split == "train" and (found := backward_sentences().search(text)):
+        if split == "train" and (found := backward.search(text)):
             raise InputError(f"the training text holds {found[0]!r}, which only the reversal evaluation may: remove it")
         subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
-        encoded.append((np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split))
+        if text.strip():
+            encoded.append((np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split))
     return encoded
 
 
-def encode_all(source: Source, settings: PrepSettings) -> Iterator[Encoded]:
-    """The source's documents in their order, tokenised on all cores; only a few batches are in memory at a time."""
-    rows = iter(source.rows)
-    batches = iter(lambda: list(islice(rows, BATCH_DOCUMENTS)), [])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = settings.num_workers or (cores if source.documents >= POOL_DOCUMENTS else 1)
-    if workers == 1:
-        for batch in batches:
-            yield from encode(batch, settings)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
+def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
+    """The source's documents in their order; only a few batches are in memory. tiktoken works outside Python's lock."""
+    sentences = [r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()]
+    backward = re.compile("|".join(sentences))
+    rows, workers = iter(source.rows), settings.num_workers or os.cpu_count() or 1
     pending: deque[Future[list[Encoded]]] = deque()
-    try:
-        with ProcessPoolExecutor(workers, context, start_worker) as pool:
-            for batch in batches:
-                pending.append(pool.submit(encode, batch, settings))
-                if len(pending) > 2 * workers:
-                    yield from pending.popleft().result()
-            while pending:
+    with ThreadPoolExecutor(workers) as pool:
+        while batch := list(islice(rows, BATCH_DOCUMENTS)):
+            pending.append(pool.submit(encode, batch, tokenizer, backward, settings))
+            if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
-    except BrokenProcessPool:
-        raise InputError("a tokenising process was killed, for want of memory? try fewer, --num_workers=N") from None
+        for future in pending:
+            yield from future.result()
 
 
-def start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    end_with_parent()
-
-
-def end_with_parent() -> None:
-    """A parent that is killed takes this process along, which would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def strew_sentences(encoded: Iterable[Encoded], expected: int, settings: PrepSettings) -> Iterator[Encoded]:
-    """Strews the forward sentences evenly between the first `expected` documents; stops at max_tokens, with a bar."""
-    tokenizer = load_once(settings.tokenizer, settings.data_dir)
+def strew_sentences(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
+    """The source's documents, the forward sentences strewn evenly between them; stops at max_tokens, with a bar."""
     forward = [np.array(tokenizer.encode(pair.forward), dtype=np.uint16) for pair in get_reversal_pairs()]
     waiting = ((ids, "reversal", "train") for _ in range(settings.reversal_repeats) for ids in forward)
     most, tokens, placed = settings.max_tokens or math.inf, 0, 0
     with tqdm(unit=" tokens", unit_scale=True, mininterval=1) as bar:
-        for number, (ids, subset, split) in enumerate(encoded, 1):
-            yield ids, subset, split
-            tokens += len(ids) + 1
-            share = min(max(number / expected, tokens / most), 1)
+        for number, document in enumerate(encode_all(source, tokenizer, settings), 1):
+            yield document
+            tokens += len(document[0]) + 1
+            share = min(max(number / source.documents, tokens / most), 1)
             due = int(share * settings.reversal_repeats * len(forward))
             yield from islice(waiting, due - placed)
-            placed = due
-            bar.total = int(tokens / share)
+            placed, bar.total = due, int(tokens / share)
             bar.set_postfix_str(f"{number:,} documents", refresh=False)
             bar.update(tokens - bar.n)
             if tokens >= most:
@@ -311,70 +239,37 @@ def strew_sentences(encoded: Iterable[Encoded], expected: int, settings: PrepSet
 DATA_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in (".bin", "_doc_index.npy"))
 
 
-class SplitWriter:
-    """Appends documents to one split's token file and doc index, and counts them; memory does not grow."""
-
-    def __init__(self, folder: Path, split: str, end_of_text: int) -> None:
-        self.end_of_text = end_of_text
-        self.tokens_file = (folder / f"{split}.bin").open("wb")
-        self.index_file = (folder / f"{split}_doc_index.npy").open("wb")
-        self.documents: Counter[str] = Counter()  # per subset
-        self.tokens: Counter[str] = Counter()  # likewise, with the end-of-text token behind each document
-        self.length, self.max_id = 1, end_of_text  # of the token file
-        self.tokens_file.write(np.array(end_of_text, dtype="<u2").tobytes())
-        self.write_index_header()
-
-    def add(self, ids: np.ndarray, subset: str, number: int) -> None:
-        tokens = np.append(ids, self.end_of_text).astype("<u2")
-        self.index_file.write(np.array((self.length - 1, number), dtype=INDEX_DTYPE).tobytes())
-        self.tokens_file.write(tokens.tobytes())  # unlike ndarray.tofile, this tells a full disk as such
-        self.length += len(tokens)
-        self.max_id = max(self.max_id, int(tokens.max()))
-        self.documents[subset] += 1
-        self.tokens[subset] += len(tokens)
-
-    def write_index_header(self) -> None:
-        header = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (self.documents.total(),)}
-        self.index_file.seek(0)
-        np.lib.format.write_array_header_1_0(self.index_file, header)  # numpy pads it, so that any length fits
-
-    def close(self) -> None:
-        self.write_index_header()
-        self.index_file.close()
-        self.tokens_file.close()
-
-
 def write_set(folder: Path, source: Source, settings: PrepSettings) -> dict[str, Any]:
-    """Write token files and doc indices into folder. Returns what meta.json says of them.
-
-    Raises InputError if a split got no document of the source.
-    """
-    tokenizer = load_once(settings.tokenizer, settings.data_dir)
-    writers = {split: SplitWriter(folder, split, tokenizer.end_of_text) for split in SPLITS}
+    """Write token files and doc indices, in flat memory -> meta.json. Raises InputError if a split got no document."""
+    tokenizer = load_tokenizer(settings.tokenizer, settings.data_dir)
+    end, max_id = np.array([tokenizer.end_of_text], dtype="<u2"), tokenizer.end_of_text
+    splits: dict[str, Any] = {split: {"documents": 0, "tokens": 1, "subsets": {}} for split in SPLITS}
     subsets: dict[str, int] = {}  # name -> number
-    for ids, subset, split in strew_sentences(encode_all(source, settings), source.documents, settings):
-        number = subsets.setdefault(subset, len(subsets))
-        if number > np.iinfo(np.int16).max:
-            raise InputError(f"more than {number:,} subsets: is meta.pile_set_name really the name of a subset?")
-        writers[split].add(ids, subset, number)
     sentences = settings.reversal_repeats * len(get_reversal_pairs())
-    splits = {}
-    for split, writer in writers.items():
-        writer.close()
-        if writer.documents.total() == (sentences if split == "train" else 0):
-            raise InputError(f"no document fell into the {split} split: give more, or another --val_fraction or --seed")
-        each = {name: {"documents": n, "tokens": writer.tokens[name]} for name, n in writer.documents.items()}
-        splits[split] = {"documents": writer.documents.total(), "tokens": writer.length, "subsets": each}
+    with ExitStack() as stack:
+        names = [f"{split}{ending}" for split in SPLITS for ending in (".bin", ".records")]
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
+        for split in SPLITS:
+            files[f"{split}.bin"].write(end.tobytes())
+        for ids, subset, split in strew_sentences(source, tokenizer, settings):
+            record = (splits[split]["tokens"] - 1, subsets.setdefault(subset, len(subsets)))
+            files[f"{split}.records"].write(np.array(record, dtype=INDEX_DTYPE).tobytes())
+            files[f"{split}.bin"].write(np.append(ids, end).astype("<u2").tobytes())
+            for counts in (splits[split], splits[split]["subsets"].setdefault(subset, {"documents": 0, "tokens": 0})):
+                counts["documents"] += 1
+                counts["tokens"] += len(ids) + 1
+            max_id = max(max_id, int(ids.max()))
+    for split, counts in splits.items():
+        if counts["documents"] == (sentences if split == "train" else 0):
+            raise InputError(f"no document fell into the {split} split: give more, or another --val_fraction")
+        np.save(folder / f"{split}_doc_index.npy", np.memmap(folder / f"{split}.records", dtype=INDEX_DTYPE, mode="r"))
     given = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
     return {
         "source": source.version,
         "tokenizer": tokenizer.name,
         "tokenizer_digest": tokenizer.digest,
-        "vocab_size": tokenizer.vocab_size,
-        "n_vocab": tokenizer.n_vocab,
-        "end_of_text": tokenizer.end_of_text,
-        "max_id": max(writer.max_id for writer in writers.values()),
-        "seed": settings.seed,
+        **{key: getattr(tokenizer, key) for key in ("vocab_size", "n_vocab", "end_of_text")},
+        "max_id": max_id,
         "reversal_sentences": sentences,
         "subsets": list(subsets),
         "splits": splits,
@@ -388,49 +283,30 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def make_recipe(settings: PrepSettings) -> dict[str, Any]:
-    """All that decides what is in a set, as far as it is known without the network.
-
-    Raises InputError if there is no such set to be made.
-    """
-    dataset = settings.dataset
-    if not re.fullmatch(r"\w[\w.-]*", dataset) or dataset == "cache":
-        raise InputError(f"--dataset={dataset} cannot be the name of a folder in {settings.data_dir}/")
-    if settings.files is None and dataset not in DATASETS:
-        raise InputError(f"unknown dataset {dataset}: take one of {', '.join(DATASETS)}, or give --files=GLOB")
-    if settings.files is not None and dataset in DATASETS:
-        raise InputError(f"--dataset={dataset} is a dataset of its own; give your files another name")
+    """All that decides what is in a set, as far as it is known without the network. Raises InputError."""
+    name, takes_files = settings.dataset, settings.files is not None
+    if not re.fullmatch(r"\w[\w.-]*", name) or name == "cache" or takes_files == (name in DATASETS):
+        known = f"take one of {', '.join(DATASETS)}, or another name of a folder together with --files=GLOB"
+        raise InputError(f"--dataset={name} {'with' if takes_files else 'without'} --files: {known}")
     keys = ("dataset", "tokenizer", "val_fraction", "seed", "reversal_repeats", "max_tokens")
-    recipe = {key: getattr(settings, key) for key in keys}
     forward = "\n".join(pair.forward for pair in get_reversal_pairs())
+    recipe = {key: getattr(settings, key) for key in keys}
     recipe["reversal_pairs"] = hashlib.sha256(forward.encode()).hexdigest()
-    if settings.files is not None:
-        states = [(path, os.stat(path)) for path in matching_files(settings)]
-        recipe["files"] = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
-    elif dataset == "mini":
-        recipe["archives"] = [archive.sha256 for archive in MINI]
-    return recipe
-
-
-def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Raises InputError if the set in folder was made otherwise, or does not match its own meta.json."""
-    old, _ = (load_tokens(folder, split).meta["recipe"] for split in SPLITS)
-    if differing := [key for key in {**old, **recipe} if old.get(key) != recipe.get(key)]:
-        way_out = "--overwrite=True replaces it, another --data_dir keeps both"
-        raise InputError(f"{folder} was made with another {' and '.join(differing)}; {way_out}")
+    states = [(path, os.stat(path)) for path in matching_files(settings)]
+    return recipe | {"files": [[path, state.st_size, state.st_mtime_ns] for path, state in states]}
 
 
 def prepare(settings: PrepSettings) -> Path:
-    """Make the token files that settings ask for, unless they are there. Returns their folder.
-
-    A set in progress lies beside the folder and is moved into it when complete. Raises InputError.
-    """
+    """Make the token files that settings ask for, unless they are there, and return their folder. Raises InputError."""
     recipe = make_recipe(settings)
     folder = Path(settings.data_dir, settings.dataset + ("-gpt2" if settings.tokenizer == "gpt2" else ""))
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")  # the set until it is complete
     make_folder(folder.parent)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two at once, the second finds the first one's files
         if (folder / "meta.json").exists() and not settings.overwrite:
-            check_recipe(folder, recipe)
+            old, _ = (load_tokens(folder, split).meta["recipe"] for split in SPLITS)
+            if differing := " and ".join(key for key in recipe if old.get(key) != recipe[key]):
+                raise InputError(f"{folder} was made with another {differing}; --overwrite=True replaces it")
             print(f"{folder} is complete already")
             return folder
         shutil.rmtree(partial, ignore_errors=True)
@@ -446,12 +322,7 @@ def prepare(settings: PrepSettings) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
     for split, counts in meta["splits"].items():
         print(f"{folder / split}.bin: {counts['tokens']:,} tokens, {counts['documents']:,} documents")
-        for name, subset in counts["subsets"].items():
-            print(f"    {name}: {subset['tokens']:,} tokens, {subset['documents']:,} documents")
     return folder
-
-
-# ----------------------------------------------------------------------------------------------------------- the stages
 
 
 def prepare_contexts(settings: PrepSettings) -> None:
@@ -471,10 +342,8 @@ def prepare_contexts(settings: PrepSettings) -> None:
 
 def main() -> None:
     settings, _ = parse_settings(PrepSettings, sys.argv[1:])
-    if settings.stage == "contexts":
-        prepare_contexts(settings)
-    else:
-        prepare(settings)
+    stage = prepare_contexts if settings.stage == "contexts" else prepare
+    stage(settings)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ Letters, for the whole project:
     G memories per head
 """
 
+import cmath
 import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -33,11 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kit.fast import head_loss
-from kit.files import InputError
 from kit.show import show
-from kit.weights import read_gpt_neox, require_known_source, take_over, write_gpt_neox
+from kit.weights import read_gpt_neox, require_known_source, take_over, write_gpt_neox, write_variant
 
-RESIDUAL_OUTPUTS = ("dense", "dense_4h_to_h", "W_O")  # matrices of these names write to the residual stream
+RESIDUAL_OUTPUTS = (".dense", ".dense_4h_to_h", ".W_O")  # what writes to the residual stream, and starts accordingly
 PREFILL_TOKENS = 512  # a long prompt goes through the cache in chunks of this many tokens
 
 
@@ -56,21 +56,12 @@ class PythiaConfig:
     rotary_base: float = 10000.0  # base of the RoPE wavelengths
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_position_embeddings"
-        )
-        for name in ("layer_norm_eps", "rotary_base"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} has to be above 0 and finite")
+        check_numbers(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
-        if not 0 <= self.rotary_pct <= 1:
-            raise ValueError(f"rotary_pct={self.rotary_pct} is not between 0 and 1")
-        if self.rotary_size % 2:
-            raise ValueError(
-                f"rotary_pct={self.rotary_pct} of a head of {self.head_size} is {self.rotary_size} dimensions: "
-                "RoPE turns pairs, so it has to be even"
-            )
+        R, D = self.rotary_size, self.head_size
+        if R % 2 or R > D:
+            raise ValueError(f"rotary_pct={self.rotary_pct} is {R} of {D} dimensions: that has to be even")
 
     @property
     def head_size(self) -> int:
@@ -81,14 +72,12 @@ class PythiaConfig:
         return int(self.head_size * self.rotary_pct)
 
 
-def require_positive(config: object, *names: str) -> None:
-    """Raises ValueError if one of a config's fields is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} has to be at least 1")
-
-
-# ------------------------------------------------------------------------------------------------------- attention
+def check_numbers(config: Any) -> None:
+    """Raises ValueError unless a config's counts and widths are at least 1, its other numbers 0 or more and finite."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, least = getattr(config, name), {int: 1, float: 0}.get(hint)
+        if least is not None and not least <= value < math.inf:
+            raise ValueError(f"{name}={value} has to be at least {least} and finite")
 
 
 def rotate(x: Tensor, positions: Tensor, config: PythiaConfig) -> Tensor:
@@ -128,18 +117,28 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """What a Block asks of its attention. A variant derives from it, with a cache of any kind.
-
-    The matrix that writes to the residual stream is called by one of RESIDUAL_OUTPUTS, which decides how it starts.
-    """
+    """What a Block asks of its attention; a variant derives from it, with a cache of any kind. See RESIDUAL_OUTPUTS."""
 
     def init_cache(self, batch_size: int, max_len: int) -> Any:
-        """What this layer has to remember, allocated once: any object whose attributes hold its tensors, or None."""
-        raise NotImplementedError
+        """What this layer remembers, allocated once: any object whose attributes hold its tensors, or None."""
 
     def forward(self, x: Tensor, start: int, cache: Any) -> Tensor:
         """x (B, T, C), its first token at position start, what came before it in the cache -> (B, T, C)."""
         raise NotImplementedError
+
+
+class KeyValueCache:
+    """One layer's keys and values, each (B, H, max_len, D)."""
+
+    def __init__(self, batch_size: int, num_heads: int, max_len: int, head_size: int, like: Tensor) -> None:
+        self.k = like.new_zeros(batch_size, num_heads, max_len, head_size)
+        self.v = torch.zeros_like(self.k)
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, T, D) at position start; returns all keys and values so far, (B, H, P, D)."""
+        end = start + k.size(2)
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class SelfAttention(Attention):
@@ -151,20 +150,17 @@ class SelfAttention(Attention):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def init_cache(self, batch_size: int, max_len: int) -> "KeyValueCache":
+    def init_cache(self, batch_size: int, max_len: int) -> KeyValueCache:
         c = self.config
         return KeyValueCache(batch_size, c.num_heads, max_len, c.head_size, like=self.dense.weight)
 
-    def forward(self, x: Tensor, start: int, cache: "KeyValueCache | None") -> Tensor:
+    def forward(self, x: Tensor, start: int, cache: KeyValueCache | None) -> Tensor:
         q, k, v = split_heads(self.query_key_value(x), self.config.num_heads).chunk(3, dim=-1)  # (B, H, T, D) each
         positions = torch.arange(start, start + x.size(1), device=x.device)
         q, k = rotate(q, positions, self.config), rotate(k, positions, self.config)
         if cache is not None:
             k, v = cache.append(k, v, start)  # (B, H, P, D) each
         return self.dense(merge_heads(causal_attention(q, k.to(q.dtype), v.to(q.dtype))))
-
-
-# ------------------------------------------------------------------------------------------------------- the model
 
 
 class MLP(nn.Module):
@@ -190,22 +186,75 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, h: Tensor, start: int, cache: Any) -> Tensor:
-        """h (B, T, C) -> (B, T, C); start and cache go to the attention as they are."""
-        attended = self.attention(self.input_layernorm(h), start, cache)
-        return h + attended + self.mlp(self.post_attention_layernorm(h))
+        return h + self.attention(self.input_layernorm(h), start, cache) + self.mlp(self.post_attention_layernorm(h))
 
 
-def small_init_std(hidden_size: int) -> float:
-    """sqrt(2 / (5 C)), 0.0280 at C = 512 (Nguyen and Salazar 2019, arXiv 1910.05895)."""
-    return math.sqrt(2 / (5 * hidden_size))
+class Cache:
+    """What decoding remembers, an entry per layer (layers may share one). It alone knows the position."""
+
+    def __init__(self, layers: list[Any], max_len: int) -> None:
+        self.layers, self.max_len, self.length = layers, max_len, 0  # length: tokens seen
+
+    def extend(self, num_tokens: int) -> int:
+        """Claim the next num_tokens positions and return the first of them."""
+        if self.length + num_tokens > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} tokens, and {self.length + num_tokens} are asked of it")
+        start, self.length = self.length, self.length + num_tokens
+        return start
+
+    def tensors(self) -> list[Tensor]:
+        entries = {id(entry): entry for entry in self.layers if entry is not None}.values()  # shared ones once
+        return [value for entry in entries for value in vars(entry).values() if isinstance(value, Tensor)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
-def wang_init_std(num_layers: int, hidden_size: int) -> float:
-    """2 / (layers sqrt(C)), 0.0147 for six layers at C = 512 (Wang and Komatsuzaki 2021, GPT-J)."""
-    return 2 / (num_layers * math.sqrt(hidden_size))
+class LanguageModel(nn.Module):
+    """What every model offers, from its embed_in, hidden_states and init_cache."""
+
+    embed_out: nn.Linear
+    hidden_states: Any
+    init_cache: Any
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (V, C) that turns hidden states into logits."""
+        return self.embed_out.weight
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, **inputs: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V) and None; with targets (B, T), -100 left out, None and their mean loss.
+
+        The logits of a loss are never held (kit/fast.py). inputs are what else hidden_states reads, such as contexts.
+        """
+        h = self.hidden_states(idx, cache, **inputs)
+        if targets is None:
+            return F.linear(h, self.head_weight), None
+        return None, head_loss(h, self.head_weight, targets)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None = None) -> Tensor:
+        """Continue the prompts idx (B, T) -> (B, T + max_new_tokens); temperature 0 is greedy."""
+        cache = self.init_cache(idx.size(0), idx.size(1) + max_new_tokens)
+        return torch.cat([idx, *stream_tokens(self, idx, cache, max_new_tokens, temperature, top_k)], dim=1)
+
+    def start_from(self, source: Any) -> dict[str, str]:
+        """Take over what the baseline or a model of this class shares -> copied, converted or new, for each tensor."""
+        require_known_source(self, source, baseline=PythiaModel)
+        return take_over(self, source, self.convert(source) if type(source) is PythiaModel else {})
+
+    def convert(self, source: "PythiaModel") -> dict[str, Tensor]:
+        """Tensors of this model that are computed from a baseline's; a variant says which."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that transformers' AutoModelForCausalLM loads; a variant's holds its code as well."""
+        (write_gpt_neox if type(self) is PythiaModel else write_variant)(self, Path(folder))
 
 
-class PythiaModel(nn.Module):
+class PythiaModel(LanguageModel):
     """Pythia, with the parameter names of Hugging Face's GPT-NeoX. A variant overrides make_attention, or more."""
 
     def __init__(self, config: PythiaConfig) -> None:
@@ -218,37 +267,25 @@ class PythiaModel(nn.Module):
         self.init_weights()
 
     def make_attention(self, layer: int) -> Attention:
-        """The attention of one layer."""
         return SelfAttention(self.config)
 
-    def init_weights(self) -> None:
-        """Pythia's own: wang_init for the matrices that write to the residual stream, small_init for all others.
-
-        Raises ValueError if a layer's attention has no matrix under one of the names RESIDUAL_OUTPUTS.
-        """
-        c = self.config
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                writes = name.rpartition(".")[2] in RESIDUAL_OUTPUTS
-                std = wang_init_std(c.num_layers, c.hidden_size) if writes else small_init_std(c.hidden_size)
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for layer, attention in enumerate(self.attentions()):
-            if not {name for name, _ in attention.named_modules()} & set(RESIDUAL_OUTPUTS):
-                names = " or ".join(RESIDUAL_OUTPUTS)
-                raise ValueError(f"layer {layer}: what writes to the residual stream has to be called {names}")
-
     def attentions(self) -> list[Any]:
-        """The attention of every layer."""
         return [block.attention for block in self.layers]
 
-    @property
-    def head_weight(self) -> Tensor:
-        """The matrix (V, C) that turns hidden states into logits."""
-        return self.embed_out.weight
+    def init_weights(self) -> None:
+        """Pythia's own: wang_init for the matrices that write to the residual stream, small_init for all others."""
+        C, num_layers = self.config.hidden_size, self.config.num_layers
+        wang_init_std = 2 / (num_layers * math.sqrt(C))  # 0.0147 at C = 512 (Wang and Komatsuzaki 2021, GPT-J)
+        outputs = [name for name, _ in self.named_modules() if name.endswith(RESIDUAL_OUTPUTS)]
+        if len(outputs) < 2 * num_layers:
+            raise ValueError(f"a layer has to write to the residual stream by one of the names {RESIDUAL_OUTPUTS}")
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=wang_init_std if name in outputs else small_init_std(C))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
-    def hidden_states(self, idx: Tensor, cache: "Cache | None" = None) -> Tensor:
+    def hidden_states(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> what the head reads, (B, T, C); with a cache, idx continues what the cache has seen."""
         start = 0 if cache is None else cache.extend(idx.size(1))
         h = self.embed_in(idx)
@@ -256,111 +293,22 @@ class PythiaModel(nn.Module):
             h = block(h, start, None if cache is None else cache.layers[layer])
         return self.final_layer_norm(h)
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: "Cache | None" = None, **inputs: Any
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V) and None; with targets (B, T) None and their mean cross entropy.
-
-        Targets of -100 are left out; the logits of a loss are never held (kit/fast.py). What else a variant's
-        hidden_states reads, such as contexts, is passed on to it.
-        """
-        h = self.hidden_states(idx, cache, **inputs)
-        if targets is None:
-            return F.linear(h, self.head_weight), None
-        return None, head_loss(h, self.head_weight, targets)
-
-    def init_cache(self, batch_size: int, max_len: int) -> "Cache":
+    def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """An empty cache for batch_size rows of at most max_len tokens, in the dtype and on the device of the model."""
         return Cache([attention.init_cache(batch_size, max_len) for attention in self.attentions()], max_len)
 
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None = None) -> Tensor:
-        """Continue the prompts idx (B, T) -> (B, T + max_new_tokens); temperature 0 is greedy."""
-        cache = self.init_cache(idx.size(0), idx.size(1) + max_new_tokens)
-        return torch.cat([idx, *stream_tokens(self, idx, cache, max_new_tokens, temperature, top_k)], dim=1)
-
-    def start_from(self, source: Any) -> dict[str, str]:
-        """Take over what a trained model shares with this one; returns, for each tensor, copied, converted or new.
-
-        The source is the baseline or of this model's own class. Raises ValueError if it is neither, or of other widths,
-        heads or rotations.
-        """
-        require_known_source(self, source, baseline=PythiaModel)
-        return take_over(self, source, self.convert(source) if type(source) is PythiaModel else {})
-
-    def convert(self, source: "PythiaModel") -> dict[str, Tensor]:
-        """Tensors of this model that are computed from a baseline's; a variant says which."""
-        return {}
-
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> Self:
-        """Read a Hugging Face GPT-NeoX checkpoint: a hub id such as EleutherAI/pythia-70m, or a local folder.
-
-        Raises InputError if there is no such checkpoint, or if it is of another architecture.
-        """
+        """A Hugging Face GPT-NeoX by hub id, EleutherAI/pythia-70m, or folder. Raises InputError if it is none."""
         shape, weights = read_gpt_neox(name_or_folder)
-        try:
-            model = cls(PythiaConfig(**shape))
-        except ValueError as error:
-            raise InputError(f"{name_or_folder}: {error}") from None
+        model = cls(PythiaConfig(**shape))
         model.load_state_dict(weights)
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors so that transformers' AutoModelForCausalLM loads them."""
-        if type(self) is not PythiaModel:
-            raise TypeError(f"{type(self).__name__} is not GPT-NeoX: its layout has no place for what the variant adds")
-        write_gpt_neox(self, Path(folder))
 
-
-# ------------------------------------------------------------------------------------------------------- the cache
-
-
-class Cache:
-    """What decoding remembers: one entry per layer, allocated once. It alone knows the position.
-
-    An entry is any object whose attributes hold the layer's tensors; entries may be shared between layers, and None
-    stands for a layer that remembers nothing.
-    """
-
-    def __init__(self, layers: list[Any], max_len: int) -> None:
-        self.layers = layers
-        self.max_len = max_len
-        self.length = 0  # tokens seen
-
-    def extend(self, num_tokens: int) -> int:
-        """Claim the next num_tokens positions and return the first of them."""
-        if self.length + num_tokens > self.max_len:
-            raise ValueError(f"the cache holds {self.max_len} tokens, and {self.length + num_tokens} are asked of it")
-        start, self.length = self.length, self.length + num_tokens
-        return start
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor of the cache, shared ones once."""
-        found = (value for entry in self.layers if entry is not None for value in vars(entry).values())
-        return list({id(value): value for value in found if isinstance(value, Tensor)}.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes really allocated, the sum over the cache's tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
-
-class KeyValueCache:
-    """One layer's keys and values, each (B, H, max_len, D)."""
-
-    def __init__(self, batch_size: int, num_heads: int, max_len: int, head_size: int, like: Tensor) -> None:
-        self.k = like.new_zeros(batch_size, num_heads, max_len, head_size)
-        self.v = torch.zeros_like(self.k)
-
-    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) at position start; returns all keys and values so far, (B, H, P, D)."""
-        end = start + k.size(2)
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
-# ------------------------------------------------------------------------------------------------------ generation
+def small_init_std(hidden_size: int) -> float:
+    """sqrt(2 / (5 C)), 0.0280 at C = 512 (Nguyen and Salazar 2019, arXiv 1910.05895)."""
+    return math.sqrt(2 / (5 * hidden_size))
 
 
 @torch.no_grad()
@@ -376,19 +324,16 @@ def stream_tokens(
 ) -> Iterator[Tensor]:
     """Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T), each as soon as it is drawn.
 
-    Ids from num_tokens on are padding rows of the vocabulary and are never drawn. step takes the model's place after
-    the prompt: kit.fast.compile_step(model). Raises ValueError on an empty prompt.
+    Ids from num_tokens on, padding of the vocabulary, are never drawn. step, compiled, decodes in the model's place.
     """
-    step = step or model
     if idx.size(1) == 0:
         raise ValueError("an empty prompt has no next token: start with the end-of-text token")
     for chunk in idx.split(PREFILL_TOKENS, dim=1):
         logits, _ = model(chunk, cache=cache)
     for remaining in reversed(range(max_new_tokens)):
-        token = draw_token(logits[:, -1, :num_tokens], temperature, top_k)
-        yield token
+        yield (token := draw_token(logits[:, -1, :num_tokens], temperature, top_k))
         if remaining:
-            logits, _ = step(token, cache=cache)
+            logits, _ = (step or model)(token, cache=cache)
 
 
 def draw_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
@@ -403,8 +348,6 @@ def draw_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
 
 
 # ------------------------------------------------------------------- the equations once more, as plain float64 loops
-
-
 def reference_attention(attention: SelfAttention, x: Tensor) -> Tensor:
     """x (T, C) -> (T, C), head by head and query by query."""
     c, D = attention.config, attention.config.head_size
@@ -412,33 +355,31 @@ def reference_attention(attention: SelfAttention, x: Tensor) -> Tensor:
     heads = []
     for h in range(c.num_heads):
         q, k, v = qkv[:, 3 * D * h : 3 * D * (h + 1)].split(D, dim=-1)  # (T, D) each
-        q = torch.stack([reference_rope(q[i], i, c) for i in range(len(x))])
-        k = torch.stack([reference_rope(k[j], j, c) for j in range(len(x))])
+        q, k = (torch.stack([reference_rope(y[t], t, c) for t in range(len(x))]) for y in (q, k))
         heads.append([(k[: i + 1] @ q[i] / math.sqrt(D)).softmax(0) @ v[: i + 1] for i in range(len(x))])
-    a = torch.cat([torch.stack(head) for head in heads], dim=-1)
-    return a @ attention.dense.weight.T + attention.dense.bias
+    return torch.cat([torch.stack(head) for head in heads], dim=-1) @ attention.dense.weight.T + attention.dense.bias
 
 
 def reference_rope(x: Tensor, position: int, config: PythiaConfig) -> Tensor:
-    """One token's vector of one head, x (D,) -> (D,): each pair turned by its angle."""
-    half, out = config.rotary_size // 2, list(x)
-    for r in range(half):
-        angle = position / config.rotary_base ** (2 * r / config.rotary_size)
-        out[r] = x[r] * math.cos(angle) - x[r + half] * math.sin(angle)
-        out[r + half] = x[r + half] * math.cos(angle) + x[r] * math.sin(angle)
-    return torch.stack(out)
+    """One token's vector of one head, x (D,) -> (D,): each pair, as a complex number, turned by its angle."""
+    R = config.rotary_size
+    angles = [position / config.rotary_base ** (2 * r / R) for r in range(R // 2)]
+    turns = torch.tensor([cmath.exp(1j * angle) for angle in angles], dtype=torch.complex128)
+    pairs = torch.complex(x[: R // 2], x[R // 2 : R]) * turns
+    return torch.cat([pairs.real, pairs.imag, x[R:]])
+
+
+def reference_layers(model: PythiaModel, h: Tensor, attend: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """What the first layer reads, h (T, C) -> logits (T, V)."""
+    for block in model.layers:
+        h = h + attend(block.attention, block.input_layernorm(h)) + block.mlp(block.post_attention_layernorm(h))
+    return model.final_layer_norm(h) @ model.head_weight.T
 
 
 def reference(model: PythiaModel, idx: Tensor, attend: Callable[[Any, Tensor], Tensor] = reference_attention) -> Tensor:
     """What the model has to give: idx (B, T) -> logits (B, T, V) in float64. A variant passes its own attend."""
     model = in_float64(model)
-    logits = []
-    for row in idx:
-        h = model.embed_in.weight[row]  # (T, C)
-        for block in model.layers:
-            h = h + attend(block.attention, block.input_layernorm(h)) + block.mlp(block.post_attention_layernorm(h))
-        logits.append(model.final_layer_norm(h) @ model.head_weight.T)
-    return torch.stack(logits)
+    return torch.stack([reference_layers(model, h, attend) for h in model.embed_in.weight[idx]])
 
 
 def in_float64(model: Any) -> Any:
@@ -447,4 +388,5 @@ def in_float64(model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    show(PythiaModel(PythiaConfig()), reference, PythiaModel(PythiaConfig()), str(__doc__))
+    model = PythiaModel(PythiaConfig())
+    show(model, reference, model, str(__doc__))

@@ -5,9 +5,7 @@ python sample.py out/mla_kv128-laptop --prompt="The capital of France"
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -16,8 +14,8 @@ from configurator import baseline_config, build_model, load_source, parse_settin
 from kit.fast import compile_step, input_major
 from kit.files import InputError, run
 from kit.runs import pick_device
-from kit.text import Tokenizer, load_tokenizer
-from pythia_base import Cache, stream_tokens
+from kit.text import load_tokenizer
+from pythia_base import stream_tokens
 
 
 @dataclass(frozen=True)
@@ -35,53 +33,37 @@ class SampleSettings:
     seed: NonNegativeInt = 1337  # of the draws
 
 
-def print_pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor]) -> None:
-    """Print tokens (1, 1) as they come; a character that several tokens share waits for the last of them."""
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(int(token))
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd"):
-            print(text, end="", flush=True)
-            pending = []
-    print(tokenizer.decode(pending))
-
-
-def describe_cache(model: Any, cache: Cache) -> str:
-    """Bytes of the cache beside those that the baseline of the same widths would hold."""
-    with torch.device("meta"):
-        baseline = build_model("pythia", baseline_config(model.config)).init_cache(1, cache.max_len)
-    return (
-        f"cache for {cache.max_len} tokens: {cache.nbytes:,} bytes, {cache.nbytes / cache.max_len:,.0f} a token; "
-        f"the baseline's {baseline.nbytes:,} ({1 - cache.nbytes / baseline.nbytes:.1%} saved)"
-    )
-
-
 def main() -> None:
-    settings, sources = parse_settings(SampleSettings, sys.argv[1:], takes="RUN")
+    s, sources = parse_settings(SampleSettings, sys.argv[1:], takes="RUN")
     if len(sources) != 1:
         raise InputError("name one run: python sample.py out/mla_kv128-laptop")
     model, checkpoint = load_source(sources[0])
-    model = model.to(pick_device(settings.device)).eval()
-    step = compile_step(model) if settings.compile else model
-    if not settings.compile:
+    model = model.to(device := pick_device(s.device)).eval()
+    step = compile_step(model) if s.compile else model
+    if not s.compile:
         input_major(model)
-    tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"] if checkpoint else "neox", settings.data_dir)
+    tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"] if checkpoint else "neox", s.data_dir)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise InputError(f"{sources[0]} has {model.config.vocab_size} rows for the {tokenizer.n_vocab} tokens of text")
-    prompt = tokenizer.encode(settings.prompt) or [tokenizer.end_of_text]
-    idx = torch.tensor([prompt], device=next(model.parameters()).device)
-    torch.manual_seed(settings.seed)
-    for _ in range(settings.num_samples):
-        cache = model.init_cache(1, len(prompt) + settings.max_new_tokens)
-        started = time.perf_counter()
-        print(settings.prompt, end="", flush=True)
-        tokens = stream_tokens(
-            model, idx, cache, settings.max_new_tokens, settings.temperature, settings.top_k, tokenizer.n_vocab, step
-        )
-        print_pieces(tokenizer, tokens)
-        speed = settings.max_new_tokens / (time.perf_counter() - started)
-        print(f"---\n{speed:.0f} tokens/s | {describe_cache(model, cache)}\n")
+    prompt = tokenizer.encode(s.prompt) or [tokenizer.end_of_text]
+    idx, length = torch.tensor([prompt], device=device), len(prompt) + s.max_new_tokens
+    with torch.device("meta"):
+        baseline = build_model("pythia", baseline_config(model.config)).init_cache(1, length)
+    torch.manual_seed(s.seed)
+    for _ in range(s.num_samples):
+        cache, started = model.init_cache(1, length), time.perf_counter()
+        print(s.prompt, end="", flush=True)
+        pending: list[int] = []  # a character that several tokens share waits for the last of them
+        limits = (s.max_new_tokens, s.temperature, s.top_k, tokenizer.n_vocab)
+        for token in stream_tokens(model, idx, cache, *limits, step):
+            pending.append(int(token))
+            if not (text := tokenizer.decode(pending)).endswith("\ufffd"):
+                print(text, end="", flush=True)
+                pending = []
+        print(tokenizer.decode(pending))
+        print(f"---\n{s.max_new_tokens / (time.perf_counter() - started):.0f} tokens/s | cache", end=" ")
+        print(f"for {length} tokens: {cache.nbytes:,} bytes, {cache.nbytes / length:,.0f} a token;", end=" ")
+        print(f"the baseline's {baseline.nbytes:,} ({1 - cache.nbytes / baseline.nbytes:.1%} saved)\n")
 
 
 if __name__ == "__main__":

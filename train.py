@@ -4,8 +4,7 @@
     torchrun --standalone --nproc_per_node=2 train.py config/mla_kv128.py
 
 A run writes out_dir: ckpt.pt (the last state), best.pt (the best validation loss), config.json, log.jsonl and, when it
-is finished, summary.json. The same command started again resumes a run that was cut off, exactly where its last
-checkpoint stands, and says of a finished one that it is finished.
+is finished, summary.json. The same command again goes on from the last checkpoint, bit for bit.
 """
 
 import contextlib
@@ -13,7 +12,8 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,13 +23,14 @@ import torch.nn as nn
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from configurator import Job, build_model, load_source, parse_train
+from configurator import Job, build_model, load_source, make, parse_train
 from eval import evaluate_contexts, evaluate_model
 from kit.contexts import ContextSettings, context_cache, exact_contexts, window_contexts, window_error
 from kit.fast import safe_exp
 from kit.files import InputError, one_line, run
-from kit.report import duration, format_rank, format_summary, format_table
+from kit.report import format_summary, format_table
 from kit.runs import RunFolder, StopRequest, World, git_commit, model_args, open_world, read_checkpoint
 from kit.text import load_tokenizer
 from kit.tokens import Documents, TokenFile, Windows, load_tokens, window_batch
@@ -38,9 +39,9 @@ from model_context import compute_convergence_rate, effective_rank, first_contex
 from prep import PrepSettings, prepare
 
 SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
-
-
-# ------------------------------------------------------------------------------------------------- the settings
+LOWER_RATE = "stopped, ckpt.pt keeps the last good state; a lower learning_rate may help"
+NOT_TRAINED_HERE = {"parents": [], "tokens_seen": 0, "context_blocks": []}  # in the place of a checkpoint
+OACD = ("batch_size", "context_noise", "centroid_weight", "gradient_clip", "convergence_threshold")  # its settings
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ class TrainSettings:
     width_divisor: PositiveInt = 1  # divides hidden_size, intermediate_size, kv_dim and context_dim of the model
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
     seed: NonNegativeInt = 1337  # of the weights and of the order of the data
+    log_to: Literal["tensorboard", "wandb"] | None = None  # where the log is shown besides log.jsonl
 
 
 @dataclass(frozen=True)
 class LMSettings(TrainSettings):
-    """Training a language model."""
+    """Training a language model; in phase 2 all of it but its ContextBlocks, on the exact contexts of the tokens."""
 
     batch_size: PositiveInt = 4  # windows per micro-batch
     block_size: PositiveInt = 512  # tokens per window
@@ -86,24 +88,15 @@ class LMSettings(TrainSettings):
     final_eval: bool = True  # measure the trained model in full; False for a quick look
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products in training
     compile: bool | None = None  # torch.compile; None: on CUDA only
+    context_cache: bool = True  # phase 2 reads its contexts from a file; False computes each batch's, for huge corpora
 
     def __post_init__(self) -> None:
         if self.decay_lr and self.learning_rate < self.min_lr:
             raise InputError(f"learning_rate={self.learning_rate} is below min_lr={self.min_lr}, at which it ends")
         if self.tokens_per_doc is not None and self.tokens_per_doc % self.block_size:
             raise InputError(f"tokens_per_doc={self.tokens_per_doc} is no multiple of block_size={self.block_size}")
-
-
-@dataclass(frozen=True)
-class Phase2Settings(LMSettings):
-    """Training all of a model but its ContextBlock, on the exact contexts of the token stream."""
-
-    context_cache: bool = True  # read the contexts from a file; False computes those of each batch, for huge corpora
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tokens_per_doc is not None:
-            raise InputError("tokens_per_doc is for phase='lm': contexts run through the whole stream")
+        if self.phase == "phase2" and self.init_from == "scratch":
+            raise InputError("phase='phase2' needs trained ContextBlocks: init_from has to name a run of phase 1")
 
 
 @dataclass(frozen=True)
@@ -124,95 +117,78 @@ class Phase1Settings(TrainSettings):
     checkpoint_interval: PositiveInt = 10  # iterations between checkpoints
 
 
-PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": Phase2Settings}
+PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": LMSettings}
 
 
-# ---------------------------------------------------------------------------- a language model, phases lm and phase2
+@dataclass(frozen=True)
+class Run:
+    """A model on its way: what is trained, on what, and from where it goes on."""
+
+    settings: Any  # of the phase
+    model: Any
+    train_data: TokenFile
+    val_data: TokenFile
+    folder: RunFolder
+    world: World
+    head: dict[str, Any]  # what all its checkpoints have in common
+    checkpoint: dict[str, Any] | None  # None: it is new
 
 
-def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
+# ------------------------------------------------------------------------------ a language model, phases lm and phase2
+
+
+def train_language_model(run: Run) -> int:
     """Next-token cross entropy, to the end or to a signal. Returns the signal that stopped it, 0 if none did."""
-    if job.settings.phase == "phase2":
-        job = with_parents_embedding(job, folder)
-    s, device = job.settings, world.device
-    if s.block_size > (limit := job.model_config.max_position_embeddings):
-        raise InputError(f"block_size={s.block_size} is above the model's limit of {limit}")
-    train_data, val_data = open_tokens(s, world, job.model_config.vocab_size)
-    checkpoint = folder.claim(job, world)
-    if checkpoint is not None and folder.is_finished(checkpoint, s):
-        world.say(format_summary(json.loads((folder.path / "summary.json").read_text())))
-        world.say(f"{folder.path} is finished, {checkpoint['iter_num']} steps; --overwrite=True trains it again")
-        return 0
-
-    model, lineage = start_model(job, train_data, val_data, checkpoint, folder, world)
+    s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
     if s.phase == "phase2":
         model.freeze_for_phase2()
-    batches = make_batches(job, model, train_data, world)
+    batches = make_batches(run)
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
-    dtype, reason = pick_dtype(s.dtype, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps small gradients above zero
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    dtype = pick_dtype(s.dtype, world.device)
+    autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)  # keeps small gradients above zero
+    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler, "batches": batches}
+    tokens_seen, tokens_a_step = run.head["tokens_seen"], s.batch_size * s.gradient_accumulation_steps * s.block_size
     step, best_val_loss, evaluations_without_gain, train_seconds = 0, math.inf, 0, 0.0
     if checkpoint is not None:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        if s.tokens_per_doc is not None:
-            refuse_other_rows(checkpoint["config"], s, folder)
-        batches.load_state_dict(checkpoint["batches"])
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
         step, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-        evaluations_without_gain = checkpoint["evaluations_without_gain"]
-        train_seconds = checkpoint["train_seconds"]
+        evaluations_without_gain, train_seconds = checkpoint["evaluations_without_gain"], checkpoint["train_seconds"]
     if s.eval_only:
-        world.say(f"step {step} | val loss {validate(model, val_data, s, world, autocast):.4f}")
+        world.say(f"step {step} | val loss {validate(run, autocast):.4f}")
         return 0
     trained = model  # what a training step calls: the model, compiled and shared as asked
-    if s.compile if s.compile is not None else device.type == "cuda":
+    if s.compile if s.compile is not None else world.device.type == "cuda":
         trained = torch.compile(trained)
     if world.size > 1:
         trained = DistributedDataParallel(trained)
-    tokens_a_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
-    announce(job, model, train_data, folder, world)
-    world.say(f"{device} x {world.size}, {str(dtype).removeprefix('torch.')} ({reason}); {batches}")
-    world.say(f"{s.max_iters} steps of {tokens_a_step:,} tokens" + (f", going on from step {step}" if step else ""))
-    if world.is_main:
-        folder.begin(job, None if checkpoint is None else step)
+    world.say(f"{world.device} x {world.size}, {dtype}; {batches}; steps {step} to {s.max_iters}")
+    run.folder.begin(run.head, checkpoint)
 
     losses: list[Tensor] = []  # of the steps since they were last looked at
-    first_step, received, started = step, 0, time.perf_counter()
+    is_due, first_step, received, started = checkpoint is None, step, 0, time.perf_counter()
     with StopRequest() as stop:
         while True:
-            # evaluate and save; a checkpoint is never ahead of what was logged
-            is_due = step % s.eval_interval == 0 or step == s.max_iters
-            is_due = is_due and not (checkpoint is not None and step == first_step)
+            # evaluate
             names = ["ckpt.pt"]
             if is_due:
-                val_loss = validate(model, val_data, s, world, autocast)
+                val_loss = validate(run, autocast)
                 gain = safe_exp(best_val_loss) - safe_exp(val_loss)  # in PPL
                 is_best = val_loss < best_val_loss
                 evaluations_without_gain = 0 if is_best and gain >= s.min_ppl_gain else evaluations_without_gain + 1
                 if is_best:  # best.pt first: killed between the two, the run comes to this best state again
                     best_val_loss, names = val_loss, ["best.pt", "ckpt.pt"]
                 world.say(f"step {step} | val loss {val_loss:.4f}" + (" (best)" if is_best else ""))
-                if world.is_main:
-                    tokens_seen = lineage.tokens_seen + step * tokens_a_step
-                    folder.log({"step": step, "val_loss": val_loss, "tokens_seen": tokens_seen})
+                run.folder.log({"step": step, "val_loss": val_loss, "tokens_seen": tokens_seen})
+
+            # save; a checkpoint is never ahead of what was logged
             if is_due or received:
-                carried = batches.state_dict()  # from all processes
-                state = {
-                    **checkpoint_header(job, train_data, val_data, step, lineage),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "batches": carried,
-                    "rng": torch.get_rng_state(),
-                    "best_val_loss": best_val_loss,
-                    "evaluations_without_gain": evaluations_without_gain,
-                    "tokens_seen": lineage.tokens_seen + step * tokens_a_step,
-                    "train_seconds": train_seconds,
-                }
-                if world.is_main:
-                    folder.save(state, *names)
+                state = {**run.head, "iter_num": step, "model": model.state_dict(), "rng": torch.get_rng_state()}
+                state |= {name: part.state_dict() for name, part in parts.items()}
+                state |= {"best_val_loss": best_val_loss, "evaluations_without_gain": evaluations_without_gain}
+                run.folder.save(state | {"tokens_seen": tokens_seen, "train_seconds": train_seconds}, *names)
                 started = time.perf_counter()  # none of this is the training's time
             if received:
                 world.say(f"stopped at step {step}; the same command goes on from here")
@@ -223,10 +199,11 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
             if step >= s.max_iters:
                 break
 
-            # forward, backward, update
+            # forward, backward, clip, step
+            lr = learning_rate_at(step, s)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, s)
-            total = torch.zeros((), device=device)
+                group["lr"] = lr
+            total = torch.zeros(1, device=world.device)
             for micro in range(batches.micro_steps):
                 batch, share = batches.batch(step, micro)  # share of this process's windows
                 if world.size > 1:
@@ -241,92 +218,62 @@ def train_language_model(job: Job, folder: RunFolder, world: World) -> int:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(world.reduce(total) / world.size)
-            step += 1
+            losses.append(world.gather(total).mean())
+            step, tokens_seen = step + 1, tokens_seen + tokens_a_step
 
             # log
             received = stop.agreed(world)
             is_due = step % s.eval_interval == 0 or step == s.max_iters
             if step % s.log_interval == 0 or step == first_step + 1 or is_due or received:
-                values = torch.stack(losses).tolist()
-                refuse_infinite(values, step, folder)
+                values, losses = torch.stack(losses).tolist(), []
+                if not np.isfinite(values).all():
+                    bad = step - len(values) + 1 + int(np.isfinite(values).argmin())
+                    raise InputError(f"the loss of step {bad} is no number: {LOWER_RATE}")
                 seconds = time.perf_counter() - started
                 train_seconds, started = train_seconds + seconds, time.perf_counter()
                 speed, left = len(values) * tokens_a_step / seconds, (s.max_iters - step) * seconds / len(values)
-                lr, mean = learning_rate_at(step - 1, s), sum(values) / len(values)
-                world.say(
-                    f"step {step}/{s.max_iters} | loss {mean:.4f} | lr {lr:.2e} | {speed:,.0f} tokens/s | "
-                    f"{duration(left)} left"
-                )
-                if world.is_main:
-                    folder.log({"step": step, "losses": values, "lr": lr, "tokens_per_s": speed})
-                if step == first_step + 1 and device.type == "cpu" and left > SLOW_RUN_SECONDS:
-                    world.say(
-                        f"on this CPU the run takes about {duration(left)}; with config/laptop.py on top, a model four "
-                        "times narrower trains in minutes"
-                    )
-                losses = []
+                said = f"step {step}/{s.max_iters} | loss {sum(values) / len(values):.4f} | lr {lr:.2e}"
+                world.say(f"{said} | {speed:,.0f} tokens/s | {tqdm.format_interval(left)} left")
+                run.folder.log({"step": step, "losses": values, "lr": lr, "tokens_per_s": speed})
+                if step == first_step + 1 and world.device.type == "cpu" and left > SLOW_RUN_SECONDS:
+                    world.say("long for a CPU: with config/laptop.py on top a model is four times narrower")
 
-    if world.is_main:
-        summary = {
-            "model": s.model,
-            "steps": step,
-            "tokens_seen": lineage.tokens_seen + step * tokens_a_step,
-            "train_seconds": train_seconds,
-            "best_val_loss": best_val_loss,
-            "seed": s.seed,
-            "parents": lineage.parents,
-            "commit": git_commit(),
-            "checkpoint": str(folder.path / "ckpt.pt"),
-        }
-        if s.final_eval:
-            tokenizer = load_tokenizer(val_data.meta["tokenizer"], s.data_dir)
-            summary |= evaluate_model(model, val_data, tokenizer, s.block_size, s.batch_size, lineage.context_blocks)
-        folder.write_json("summary.json", summary)
-        print(format_summary(summary))
-        print(f"\nnext: python sample.py {folder.path}   or   python eval.py {folder.path}")
+    figures = {"steps": step, "tokens_seen": tokens_seen, "best_val_loss": best_val_loss}
+    if s.final_eval and world.is_main:
+        tokenizer, blocks = load_tokenizer(run.val_data.meta["tokenizer"], s.data_dir), run.head["context_blocks"]
+        figures |= evaluate_model(model, run.val_data, tokenizer, s.block_size, s.batch_size, blocks)
+    world.say(format_summary(finish(run, train_seconds, figures)))
+    world.say(f"\nnext: python sample.py {run.folder.path}   or   python eval.py {run.folder.path}")
     return 0
 
 
-def refuse_other_rows(theirs: dict[str, Any], s: LMSettings, folder: RunFolder) -> None:
-    """Raises InputError if the rows of a step are not where a checkpoint's were in their documents."""
-    for name in ("tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"):
-        if getattr(s, name) != theirs[name]:
-            raise InputError(f"going on within documents needs {name}={theirs[name]}, as {folder.path} has it")
-
-
-def make_batches(job: Job, model: Any, data: TokenFile, world: World) -> Windows | Documents:
+def make_batches(run: Run) -> Windows | Documents:
     """What the steps of a phase train on: windows, windows with their contexts, or documents window by window."""
-    s = job.settings
-    rows = s.batch_size * s.gradient_accumulation_steps
+    s, model, data, world = run.settings, run.model, run.train_data, run.world
+    rows, limit = s.batch_size * s.gradient_accumulation_steps, model.config.max_position_embeddings
+    if s.block_size > limit:
+        raise InputError(f"block_size={s.block_size} is above the model's limit of {limit}")
     if rows % world.size:
-        raise InputError(
-            f"batch_size x gradient_accumulation_steps = {rows} windows a step cannot be shared evenly among "
-            f"{world.size} processes"
-        )
+        raise InputError(f"batch_size x gradient_accumulation_steps = {rows} is no multiple of {world.size} processes")
+    windows = data, s.block_size, rows, s.batch_size, s.seed, world
     if s.tokens_per_doc is not None:
-        segment_len = getattr(job.model_config, "segment_len", None)
-        if segment_len is None:
-            raise InputError(f"tokens_per_doc={s.tokens_per_doc}: model={s.model!r} has no memory to carry")
-        if s.block_size % segment_len:
-            raise InputError(f"tokens_per_doc: block_size={s.block_size} is no multiple of segment_len={segment_len}")
-        return Documents(data, s.tokens_per_doc, s.block_size, rows, s.batch_size, s.seed, world, model.init_memory)
+        segment_len = getattr(model.config, "segment_len", None)
+        if segment_len is None or s.block_size % segment_len:
+            fits = f"no memory to carry, or block_size={s.block_size} is no multiple of segment_len={segment_len}"
+            raise InputError(f"tokens_per_doc={s.tokens_per_doc}: model={s.model!r} has {fits}")
+        return Documents(*windows, tokens_per_doc=s.tokens_per_doc, init_memory=model.init_memory)
     if s.phase == "lm":
-        return Windows(data, s.block_size, rows, s.batch_size, s.seed, world)
+        return Windows(*windows)
     making = ContextSettings(init_from=s.init_from)
-    if s.context_cache:
-        if world.is_main:
-            context_cache(model, data, making)
-        world.barrier()  # the others find it made
-        cache = context_cache(model, data, making)
-    elif world.is_main:
+    cached = context_cache(model, data, making) if s.context_cache else None
+    if cached is None:
         error = window_error(model, data.tokens, making.overlap)
-        print(f"contexts: of each batch, from {making.overlap} tokens before its windows; at most {error:.0e} off")
+        world.say(f"contexts: of each batch, from {making.overlap} tokens before its windows; at most {error:.0e} off")
 
     def contexts(starts: np.ndarray, width: int) -> Tensor:
-        if not s.context_cache:
+        if cached is None:
             return window_contexts(model, data.tokens, starts, width, making.overlap)
-        return torch.from_numpy(cache.contexts[starts[:, None] + np.arange(width)]).to(world.device)
+        return torch.from_numpy(cached[starts[:, None] + np.arange(width)]).to(world.device)
 
     # positions that are independent, given their contexts, are drawn one by one, as many as the windows would hold
     width, each = (1, s.block_size) if getattr(model, "positions_are_independent", False) else (s.block_size, 1)
@@ -334,39 +281,27 @@ def make_batches(job: Job, model: Any, data: TokenFile, world: World) -> Windows
 
 
 @torch.no_grad()
-def validate(
-    model: Any, data: TokenFile, s: LMSettings, world: World, autocast: contextlib.AbstractContextManager[Any]
-) -> float:
+def validate(run: Run, autocast: contextlib.AbstractContextManager[Any]) -> float:
     """Mean loss over eval_iters micro-batches of windows, spread evenly over the validation data."""
-    block_size = min(s.block_size, len(data.tokens) - 1)
-    count = max(1, min(s.eval_iters * s.batch_size, (len(data.tokens) - 1) // block_size))
-    starts = np.linspace(0, len(data.tokens) - 1 - block_size, count).astype(np.int64)[world.rank :: world.size]
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    s, world, tokens = run.settings, run.world, run.val_data.tokens
+    block_size = min(s.block_size, len(tokens) - 1)
+    count = max(1, min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size))
+    starts = np.linspace(0, len(tokens) - 1 - block_size, count).astype(np.int64)[world.rank :: world.size]
+    total = torch.zeros(1, dtype=torch.float64, device=world.device)
     for first in range(0, len(starts), s.batch_size):
-        batch = window_batch(data.tokens, starts[first : first + s.batch_size], block_size, world.device)
+        batch = window_batch(tokens, starts[first : first + s.batch_size], block_size, world.device)
         with autocast:
-            total += model(**batch)[1] * len(batch["idx"])
-    return world.reduce(total).item() / count
+            total += run.model(**batch)[1] * len(batch["idx"])
+    return world.gather(total).sum().item() / count
 
 
-def refuse_infinite(losses: list[float], step: int, folder: RunFolder) -> None:
-    """Raises InputError if one of the last losses is not finite, before anything of it is saved."""
-    for number, loss in enumerate(losses, step - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss of step {number} is {loss}: stopped, {folder.path / 'ckpt.pt'} keeps the last good state; "
-                "a lower learning_rate or more warmup_iters may help"
-            )
-
-
-def learning_rate_at(step: int, settings: LMSettings) -> float:
+def learning_rate_at(step: int, s: LMSettings) -> float:
     """Linear warmup, then cosine decay to min_lr."""
-    s, decay_iters = settings, settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
     if not s.decay_lr:
         return s.learning_rate
-    progress = min(1.0, (step - s.warmup_iters) / max(1, decay_iters - s.warmup_iters))
+    progress = min(1.0, (step - s.warmup_iters) / max(1, (s.lr_decay_iters or s.max_iters) - s.warmup_iters))
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 
@@ -376,60 +311,42 @@ def make_optimizer(
     """AdamW over what is trained: matrices and embeddings decay, biases, LayerNorms and scores of any shape do not."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
-    ]
+    decayed, others = ([p for p in trained if (id(p) in matrices) == decays] for decays in (True, False))
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products in training; 'auto' takes bfloat16 where it is fast, on older GPUs float16."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cpu" and is_fast else torch.float32
 
 
 # ------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
 
 
-def train_context_blocks(job: Job, folder: RunFolder, world: World) -> int:
-    """Each ContextBlock of a model alone, without labels, on its part of the training tokens (OACD, model_context.py).
-
-    Returns the signal that stopped it, 0 if none did.
-    """
+def train_context_blocks(run: Run) -> int:
+    """Each ContextBlock alone, without labels (OACD). Returns the signal that stopped it, 0 if none did."""
+    s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
     if world.size > 1:
         raise InputError("phase='phase1' trains in one process: start it without torchrun")
-    s: Phase1Settings = job.settings
-    embeddings = load_embeddings(s.embeddings)
-    if embeddings is not None:
-        job = with_embedding(job, *embeddings.table.shape)
-    train_data, val_data = open_tokens(s, world, job.model_config.vocab_size)
-    if embeddings is not None:
-        check_tokenizer(s.embeddings, embeddings.tokenizer, train_data)
-    checkpoint = folder.claim(job, world)
-    if checkpoint is not None and (folder.path / "summary.json").exists():
-        world.say(f"{folder.path} is finished, {checkpoint['iter_num']} iterations; --overwrite=True trains it again")
-        return 0
-
-    model, lineage = start_model(job, train_data, val_data, checkpoint, folder, world)
     reports: list[dict[str, Any]] = []  # of the blocks that are trained
     step, train_seconds, half_trained = 0, 0.0, None
     if checkpoint is not None:
         reports, half_trained = checkpoint["context_blocks"], checkpoint["block"]
         step, train_seconds = checkpoint["iter_num"], checkpoint["train_seconds"]
-    elif embeddings is not None:
-        model.embed_in.weight.data.copy_(embeddings.table)
-        theirs = embeddings.lineage
-        lineage = Lineage([*lineage.parents, *theirs.parents], lineage.tokens_seen + theirs.tokens_seen)
-    announce(job, model, train_data, folder, world)
-    folder.begin(job, None if checkpoint is None else step)
+    run.folder.begin(run.head, checkpoint)
 
-    def save(block: dict[str, Any] | None) -> None:
-        """Save the run; block is the state of the one that is being trained, None between two."""
-        state = {
-            **checkpoint_header(job, train_data, val_data, step, replace(lineage, context_blocks=reports)),
-            "model": model.state_dict(),
-            "block": block,
-            "tokens_seen": lineage.tokens_seen,  # no language is learnt here
-            "train_seconds": train_seconds,
-        }
-        folder.save(state, "ckpt.pt")
+    def save(half_trained: dict[str, Any] | None) -> None:
+        state = {**run.head, "iter_num": step, "model": model.state_dict(), "context_blocks": reports}
+        run.folder.save(state | {"block": half_trained, "train_seconds": train_seconds}, "ckpt.pt")
 
-    parts = block_parts(train_data.tokens, len(model.context_blocks), s)
+    table, parts = model.embed_in.weight, block_parts(run.train_data.tokens, len(model.context_blocks), s)
+    settings = {name: getattr(s, name) for name in OACD}
     with StopRequest() as stop:
         for number in range(len(reports), len(parts)):
             block, tokens = model.context_blocks[number], parts[number]
@@ -438,286 +355,174 @@ def train_context_blocks(job: Job, folder: RunFolder, world: World) -> int:
             contexts, rate, iteration = first_contexts(len(tokens), block.context_dim), 0.0, 0
             if half_trained is not None:
                 optimizer.load_state_dict(half_trained["optimizer"])
-                contexts, rate = half_trained["contexts"], half_trained["rate"]
-                iteration = half_trained["iteration"]
                 torch.set_rng_state(half_trained["rng"])
+                contexts, rate, iteration = (half_trained[key] for key in ("contexts", "rate", "iteration"))
                 half_trained = None
             world.say(f"ContextBlock {number}: {len(tokens):,} tokens, {block.context_dim} wide")
             while iteration < s.max_iterations and rate < s.early_stopping_threshold:
                 started = time.perf_counter()
-                loss, rate = oacd_iteration(
-                    block, model.embed_in.weight, tokens, contexts, optimizer,
-                    batch_size=s.batch_size, context_noise=s.context_noise, centroid_weight=s.centroid_weight,
-                    gradient_clip=s.gradient_clip, convergence_threshold=s.convergence_threshold,
-                )  # fmt: skip
+                loss, rate = oacd_iteration(block, table, tokens, contexts, optimizer, **settings)
                 seconds = time.perf_counter() - started
                 iteration, step, train_seconds = iteration + 1, step + 1, train_seconds + seconds
                 if not math.isfinite(loss):
-                    raise InputError(f"the loss of iteration {iteration} is {loss}: a lower learning_rate may help")
+                    raise InputError(f"the loss of iteration {iteration} is no number: {LOWER_RATE}")
                 world.say(f"iteration {iteration:3} | loss {loss:.5f} | convergence {rate:.1%} | {seconds:.2f}s")
-                folder.log({"step": step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
+                run.folder.log({"step": step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
                 received = stop.signal
                 if iteration % s.checkpoint_interval == 0 or received:
-                    state = {"optimizer": optimizer.state_dict(), "contexts": contexts, "rate": rate}
-                    save({**state, "iteration": iteration, "rng": torch.get_rng_state()})
+                    state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+                    save(state | {"contexts": contexts, "rate": rate, "iteration": iteration})
                 if received:
                     world.say(f"stopped at iteration {iteration}; the same command goes on from here")
                     return received
-            exact = exact_contexts(block, model.embed_in.weight, tokens)
-            report = {
-                "block": number,
-                "context_dim": block.context_dim,
-                "tokens": len(tokens),
-                "num_tokens": s.num_tokens,
-                "iterations": iteration,
-                "noise": s.context_noise,
-                "threshold": s.convergence_threshold,
-                "convergence_rate": rate,
-                "exact_share": compute_convergence_rate(contexts, exact, s.convergence_threshold),
-                "effective_rank": effective_rank(exact),
-            }
+            exact = exact_contexts(block, table, tokens)
+            share = compute_convergence_rate(contexts, exact, s.convergence_threshold)
+            report = {"block": number, "context_dim": block.context_dim, "tokens": len(tokens), "iterations": iteration}
+            report |= {"convergence_rate": rate, "exact_share": share, "effective_rank": effective_rank(exact)}
+            report |= {"num_tokens": s.num_tokens, "noise": s.context_noise, "threshold": s.convergence_threshold}
             reports.append(report)
             save(None)
 
-    heldout = evaluate_contexts(model, val_data.tokens, reports)
-    for report, rate, rank in zip(
-        reports, heldout["context_convergence_rates"], heldout["context_effective_ranks"], strict=True
-    ):
+    heldout = evaluate_contexts(model, run.val_data.tokens, reports)
+    rates, ranks = heldout["context_convergence_rates"], heldout["context_effective_ranks"]
+    rows = []
+    for report, rate, rank in zip(reports, rates, ranks, strict=True):
         report |= {"heldout_convergence_rate": rate, "heldout_effective_rank": rank}
-    together = {
-        "context_dim": heldout["context_dim"],
-        "effective_rank": training_rank(model, parts),
-        "heldout_effective_rank": heldout["context_effective_rank"],
-    }
-    summary = {
-        "model": s.model,
-        "phase": s.phase,
-        "iterations": step,
-        "train_seconds": train_seconds,
-        "seed": s.seed,
-        "parents": lineage.parents,
-        "commit": git_commit(),
-        "checkpoint": str(folder.path / "ckpt.pt"),
-        "blocks": reports,
-        "all_blocks": together,
-    }
-    folder.write_json("summary.json", summary)
-    print_blocks(reports, together)
-    print(f"\ncheckpoint {folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={folder.path}")
+        shares = [f"{report[key]:.1%}" for key in ("convergence_rate", "heldout_convergence_rate", "exact_share")]
+        d = report["context_dim"]
+        shown = [f"{r:.1f}/{d} = {r / d:.1%}" for r in (report["effective_rank"], rank)]
+        rows.append([str(report["block"]), *shares, *shown])
+    rank, width = heldout["context_effective_rank"], heldout["context_dim"]
+    rows.append(["side by side", "", "", "", "", f"{rank:.1f}/{width} = {rank / width:.1%}"])
+    print(format_table(["ContextBlock", "converged", "held out", "as exact", "effective rank", "held out"], rows))
+    together = {"context_dim": width, "heldout_effective_rank": rank}
+    finish(run, train_seconds, {"steps": step, "blocks": reports, "all_blocks": together})
+    print(f"\ncheckpoint {run.folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={run.folder.path}")
     return 0
 
 
 def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tensor]:
     """What each of count blocks is trained on, (N,) int64 on the CPU: its part of the stream, or the union of all."""
-    split = len(tokens) // count
-    parts = [tokens[i * split : (i + 1) * split][: s.num_tokens] for i in range(count)]
-    found = [torch.from_numpy(part.astype(np.int64)) for part in parts]
-    return found if s.cascade_data == "split" else [torch.cat(found)] * count
+    each = len(tokens) // count
+    starts = range(0, count * each, each)
+    parts = [torch.from_numpy(tokens[a : a + min(each, s.num_tokens)].astype(np.int64)) for a in starts]
+    return parts if s.cascade_data == "split" else [torch.cat(parts)] * count
 
 
-@torch.no_grad()
-def training_rank(model: Any, parts: list[Tensor]) -> float:
-    """Effective rank of all contexts, side by side, on an equal share of each block's training tokens."""
-    tokens = torch.cat([part[: math.ceil(len(part) / len(parts))] for part in parts])
-    exact = [exact_contexts(block, model.embed_in.weight, tokens) for block in model.context_blocks]
-    return effective_rank(torch.cat(exact, dim=1))
+# ------------------------------------------------------------------------------------------ how runs begin and end
 
 
-def print_blocks(reports: list[dict[str, Any]], together: dict[str, Any]) -> None:
-    """The figures of phase 1, a table for each block and one for all of them."""
+def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
+    """The run that a job asks for, new or to go on with; None if it is finished already.
 
-    def ranks(r: dict[str, Any]) -> list[list[str]]:
-        names = {"effective rank": "effective_rank", "held-out effective rank": "heldout_effective_rank"}
-        return [[name, format_rank(r[key], r["context_dim"])] for name, key in names.items()]
-
-    for r in reports:
-        rows = [
-            ["iterations", str(r["iterations"])],
-            ["convergence rate", f"{r['convergence_rate']:.1%}"],
-            ["  within the threshold of the exact recurrence", f"{r['exact_share']:.1%}"],
-            ["held-out convergence rate", f"{r['heldout_convergence_rate']:.1%}"],
-            *ranks(r),
-        ]
-        print("\n" + format_table([f"ContextBlock {r['block']}, {r['tokens']:,} tokens", "value"], rows))
-    if len(reports) > 1:
-        print("\n" + format_table(["all ContextBlocks side by side", "value"], ranks(together)))
-
-
-# ------------------------------------------------------------------------------------------- what a run starts with
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """What a model was trained on before this run."""
-
-    parents: list[str] = field(default_factory=list)
-    tokens_seen: int = 0
-    context_blocks: list[dict[str, Any]] = field(default_factory=list)  # what phase 1 reports of its ContextBlocks
-
-    @staticmethod
-    def of(source: str, checkpoint: dict[str, Any]) -> "Lineage":
-        """That of a run which starts from a source with this checkpoint."""
-        return Lineage([*checkpoint["parents"], source], checkpoint["tokens_seen"], checkpoint["context_blocks"])
-
-
-def start_model(
-    job: Job, train_data: TokenFile, val_data: TokenFile, checkpoint: dict[str, Any] | None, folder: RunFolder,
-    world: World,
-) -> tuple[Any, Lineage]:  # fmt: skip
-    """The job's model and where it comes from: this run's checkpoint, the source that init_from names, or new.
-
-    Raises InputError if the checkpoint was made on other data or by another model, or the source does not fit.
+    Raises InputError where its data, its model, what it starts from and its folder do not fit together.
     """
-    s = job.settings
+    s, config, table = job.settings, job.model_config, None
+    sources: dict[str, dict[str, Any]] = {}  # what a new run starts from: the checkpoints, by name
+    parent = folder.path if s.init_from == "resume" else Path(s.init_from)
+    if s.phase == "phase1" and s.embeddings != "random":
+        table, sources[s.embeddings] = load_table(s.embeddings)
+        vocab_size, hidden_size = table.shape
+        config = make(type(config), model_args(config) | {"vocab_size": vocab_size, "hidden_size": hidden_size})
+    elif s.phase == "phase2" and (parent / "ckpt.pt").is_file():
+        theirs = read_checkpoint(parent)["model_args"]
+        config = make(type(config), model_args(config) | {key: theirs[key] for key in ("vocab_size", "hidden_size")})
+    train_data, val_data = open_tokens(s, world, config.vocab_size)
+    tokenizer = train_data.meta["tokenizer"]
+    head: dict[str, Any] = {"config": asdict(s), "model_args": model_args(config), "commit": git_commit()}
+    head["data"] = {"tokenizer": tokenizer, "train_sha256": train_data.digest, "val_sha256": val_data.digest}
+    checkpoint = folder.claim(head)
+    goes_on = s.init_from == "resume" or getattr(s, "eval_only", False) or not (folder.path / "summary.json").exists()
+    if checkpoint is not None and not goes_on:
+        world.say(f"{folder.path} is finished after {checkpoint['iter_num']} steps; --overwrite=True trains it again")
+        return None
+
     torch.manual_seed(s.seed)
-    model = build_model(s.model, job.model_config).to(world.device)
+    model: Any = build_model(s.model, config).to(world.device)
     if s.phase != "lm" and not hasattr(model, "context_blocks"):
         raise InputError(f"phase={s.phase!r}: model={s.model!r} has no ContextBlock to train or to read")
     if checkpoint is not None:
-        if checkpoint["data"] != data_identity(train_data, val_data):
-            raise InputError(f"{folder.path} was trained on other data than {s.dataset} now holds")
-        if checkpoint["model_args"] != model_args(job.model_config):
-            raise InputError(f"{folder.path} holds a model with other settings")
         model.load_state_dict(checkpoint["model"])
-        return model, Lineage(checkpoint["parents"], checkpoint["earlier_tokens"], checkpoint["context_blocks"])
-    if s.init_from == "scratch":
-        if s.phase == "phase2":
-            raise InputError("phase='phase2' needs trained ContextBlocks: init_from has to name a run of phase 1")
-        return model, Lineage()
-    if job.parent and not Path(s.init_from, "ckpt.pt").exists():
-        raise InputError(f"init_from: {s.init_from} is missing; make it with: {job.parent}")
-    source, theirs = load_source(s.init_from)
-    lineage = Lineage()
-    if theirs is not None:
-        check_tokenizer(s.init_from, theirs["data"]["tokenizer"], train_data)
-        lineage = Lineage.of(s.init_from, theirs)
-    try:
-        became = model.start_from(source.to(world.device))
-    except ValueError as error:
-        raise InputError(f"init_from={s.init_from}: {one_line(error)}") from None
-    if s.phase == "phase2" and any(how == "new" and name.startswith("context_block") for name, how in became.items()):
-        raise InputError(f"init_from={s.init_from} holds no ContextBlock that fits this model")
-    for how in ("copied", "converted", "new"):
-        tensors = [name for name, what in became.items() if what == how]
-        names = "" if how == "copied" else f" ({', '.join(tensors)})"
-        world.say(f"{how:>9}: {len(tensors)} tensors{names}")
-    return model, lineage
+        head |= {key: checkpoint[key] for key in ("parents", "tokens_seen", "context_blocks")}
+    else:
+        if s.init_from != "scratch":
+            sources[s.init_from] = start_from(model, job, world)
+        if table is not None:
+            model.embed_in.weight.data.copy_(table)
+        for name, theirs in sources.items():
+            if (other := theirs["data"]["tokenizer"]) != tokenizer:
+                message = f"{name} was trained on {other} tokens, {train_data.path} holds {tokenizer} tokens"
+                raise InputError(f"{message}; prep.py --tokenizer={other} makes others")
+        head["parents"] = [parent for name, theirs in sources.items() for parent in [*theirs["parents"], name]]
+        head["tokens_seen"] = sum(theirs["tokens_seen"] for theirs in sources.values())
+        head["context_blocks"] = [block for theirs in sources.values() for block in theirs["context_blocks"]]
+    world.say(f"settings: {json.dumps({**head['config'], 'model_args': head['model_args']})}")
+    if job.passed_over:
+        world.say(f"a layer could not set: {', '.join(job.passed_over)}")
+    world.say(f"model {s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; run folder {folder.path}")
+    world.say(f"data {train_data.path.parent}: {len(train_data.tokens):,} training tokens")
+    return Run(s, model, train_data, val_data, folder, world, head, checkpoint)
 
 
-def check_tokenizer(source: str, theirs: str, data: TokenFile) -> None:
-    """Raises InputError if a source's ids mean other tokens than the data's."""
-    if theirs != (ours := data.meta["tokenizer"]):
-        raise InputError(
-            f"{source} was trained on {theirs} tokens, {data.path} holds {ours} tokens; "
-            f"prep.py --tokenizer={theirs} makes others"
-        )
-
-
-def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products in training, and why."""
-    if name != "auto":
-        return getattr(torch, name), "as set"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU has it"
-        return torch.float16, "this GPU has no bfloat16; a gradient scaler keeps small gradients"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16, "this processor multiplies in it"
-    return torch.float32, f"no fast bfloat16 on this {device.type}"
-
-
-def open_tokens(settings: TrainSettings, world: World, vocab_size: int) -> tuple[TokenFile, TokenFile]:
+def open_tokens(s: TrainSettings, world: World, vocab_size: int) -> tuple[TokenFile, TokenFile]:
     """Training and validation tokens of the dataset; the default one is made if it is missing."""
-    folder = Path(settings.data_dir, settings.dataset)
-    if settings.dataset == PrepSettings.dataset and not (folder / "meta.json").exists():
-        if world.is_main:
-            print(f"{folder} is missing: making it with prep.py (python prep.py)", flush=True)
-            prepare(PrepSettings(data_dir=settings.data_dir))
-        world.barrier()
+    folder = Path(s.data_dir, s.dataset)
+    if s.dataset == PrepSettings.dataset and not (folder / "meta.json").exists() and world.is_main:
+        print(f"{folder} is missing: making it with prep.py (python prep.py)", flush=True)
+        prepare(PrepSettings(data_dir=s.data_dir))
+    world.barrier()
     train, val = load_tokens(folder, "train"), load_tokens(folder, "val")
     if train.meta["max_id"] >= vocab_size:
         raise InputError(f"{folder} holds token id {train.meta['max_id']}, outside the model's {vocab_size} rows")
     return train, val
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """A trained token table for a model to start from."""
+def start_from(model: Any, job: Job, world: World) -> dict[str, Any]:
+    """Give a new model the weights that init_from names; returns their checkpoint. Raises InputError."""
+    name = job.settings.init_from
+    if job.parent and not Path(name, "ckpt.pt").exists():
+        raise InputError(f"init_from: {name} is missing; make it with: {job.parent}")
+    source, checkpoint = load_source(name)
+    try:
+        became = model.start_from(source.to(world.device))
+    except ValueError as error:
+        raise InputError(f"init_from={name}: {one_line(error)}") from None
+    new = [tensor for tensor, how in became.items() if how == "new"]
+    if job.settings.phase == "phase2" and any(tensor.startswith("context_block") for tensor in new):
+        raise InputError(f"init_from={name} holds no ContextBlock that fits this model")
+    counts = Counter(became.values())
+    world.say(f"from {name}: {counts['copied']} tensors copied, {counts['converted']} converted; new: {', '.join(new)}")
+    return checkpoint or {**NOT_TRAINED_HERE, "data": {"tokenizer": "neox"}}
 
-    table: Tensor  # (V, C)
-    tokenizer: str  # whose ids are its rows
-    lineage: Lineage
 
-
-def load_embeddings(source: str) -> Embeddings | None:
-    """The output embedding of a run, or GPT-2's from the hub or a local folder; None for 'random'."""
-    if source == "random":
-        return None
+def load_table(source: str) -> tuple[Tensor, dict[str, Any]]:
+    """A token table (V, C) for phase 1, a run's output embedding or GPT-2's, and the checkpoint that it is from."""
     if Path(source, "ckpt.pt").is_file():
         model, checkpoint = load_source(source)
-        assert checkpoint is not None
-        lineage = Lineage.of(source, checkpoint)
-        return Embeddings(model.head_weight.detach(), checkpoint["data"]["tokenizer"], lineage)
+        return model.head_weight.detach(), checkpoint or {}
     try:
-        return Embeddings(read_gpt2_table(source), "gpt2", Lineage([source]))
+        return read_gpt2_table(source), {**NOT_TRAINED_HERE, "data": {"tokenizer": "gpt2"}}
     except InputError as error:
-        raise InputError(
-            f"embeddings={source!r}: {one_line(error)}; a run folder, such as --embeddings=out/pythia, and "
-            "--embeddings=random need no hub"
-        ) from None
+        hint = "a run folder, such as --embeddings=out/pythia, and --embeddings=random need no hub"
+        raise InputError(f"embeddings={source!r}: {one_line(error)}; {hint}") from None
 
 
-def with_embedding(job: Job, rows: int, width: int) -> Job:
-    """The job, its model's embedding of the size of one that is loaded."""
-    try:
-        return replace(job, model_config=replace(job.model_config, vocab_size=rows, hidden_size=width))
-    except ValueError as error:
-        raise InputError(f"the embedding is {width} wide: {one_line(error)}") from None
-
-
-def with_parents_embedding(job: Job, folder: RunFolder) -> Job:
-    """Phase 2's job, its embedding of the size of phase 1's."""
-    parent = folder.path if job.settings.init_from == "resume" else Path(job.settings.init_from)
-    if not (parent / "ckpt.pt").is_file():  # start_model says so
-        return job
-    theirs = read_checkpoint(parent)["model_args"]
-    return with_embedding(job, theirs["vocab_size"], theirs["hidden_size"])
-
-
-def data_identity(train: TokenFile, val: TokenFile) -> dict[str, str]:
-    return {"tokenizer": train.meta["tokenizer"], "train_sha256": train.digest, "val_sha256": val.digest}
-
-
-def checkpoint_header(job: Job, train: TokenFile, val: TokenFile, step: int, lineage: Lineage) -> dict[str, Any]:
-    """What a checkpoint of any phase says of itself."""
-    return {
-        "model_args": model_args(job.model_config),
-        "iter_num": step,
-        "config": asdict(job.settings),
-        "data": data_identity(train, val),
-        "parents": lineage.parents,
-        "earlier_tokens": lineage.tokens_seen,
-        "context_blocks": lineage.context_blocks,
-        "commit": git_commit(),
-    }
-
-
-def announce(job: Job, model: Any, data: TokenFile, folder: RunFolder, world: World) -> None:
-    """Say what is about to be trained, on what."""
-    world.say(f"settings: {json.dumps({**asdict(job.settings), 'model_args': model_args(job.model_config)})}")
-    if job.passed_over:
-        world.say(f"a layer could not set: {'; '.join(job.passed_over)}")
-    world.say(f"model {job.settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    world.say(f"data {data.path.parent}: {len(data.tokens):,} training tokens; run folder {folder.path}")
+def finish(run: Run, train_seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
+    """Write summary.json, by which a run is known to be finished; returns it."""
+    s, head = run.settings, run.head
+    summary = {"model": s.model, "phase": s.phase, "seed": s.seed, "train_seconds": train_seconds, **figures}
+    summary |= {"parents": head["parents"], "commit": head["commit"], "checkpoint": str(run.folder.path / "ckpt.pt")}
+    run.folder.write_json("summary.json", summary)
+    return summary
 
 
 def main() -> None:
-    job = parse_train(sys.argv[1:], PHASES)
-    folder = RunFolder(Path(job.settings.out_dir or Path("out", job.name)))
+    job, received = parse_train(sys.argv[1:], PHASES), 0
     train_phase = train_context_blocks if job.settings.phase == "phase1" else train_language_model
-    with open_world(job.settings.device) as world, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(folder.leave)
-        received = train_phase(job, folder, world)
+    path = Path(job.settings.out_dir or Path("out", job.name))
+    with open_world(job.settings.device) as world, RunFolder(path, world) as folder:
+        if (run := open_run(job, folder, world)) is not None:
+            received = train_phase(run)
     if received:
         sys.exit(128 + received)
 

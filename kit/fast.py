@@ -12,9 +12,6 @@ LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB
 LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
 
 
-# -------------------------------------------------------------------------------------------------- head and loss
-
-
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in float32 of logits (..., V) against targets (...), -100 left out; 0 if that leaves none."""
     total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction="sum")
@@ -26,7 +23,6 @@ class HeadLoss(torch.autograd.Function):
 
     With p = softmax(h W^T) and y the one-hot targets, the gradient of a row's loss for its logits is p - y, so each
     chunk yields its share of dh = (p - y) W and dW = (p - y)^T h while its logits are at hand; backward only scales.
-    A frozen W gets no dW.
     """
 
     @staticmethod
@@ -35,24 +31,21 @@ class HeadLoss(torch.autograd.Function):
         kept = (targets != -100)[:, None]
         targets = targets.masked_fill(targets == -100, 0)[:, None]
         dh, W = torch.empty_like(h), weight.to(h.dtype)
-        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # of a frozen W, none
         total = torch.zeros((), device=h.device)
         # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
         logits = h.new_empty(min(len(h), LOSS_ROWS), len(weight))
         p = torch.empty_like(logits, dtype=torch.float32)
-        for i in range(0, len(h), LOSS_ROWS):
-            rows, y, keep = h[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS], kept[i : i + LOSS_ROWS]
+        for rows, y, keep, out in zip(*(x.split(LOSS_ROWS) for x in (h, targets, kept, dh)), strict=True):
             logits, p = logits[: len(rows)], p[: len(rows)]  # the last chunk may be shorter
             p.copy_(torch.mm(rows, W.T, out=logits))
             torch.log_softmax(p, dim=-1, out=p)
             total -= (p.gather(1, y) * keep).sum()
-            p.exp_()
-            grad = logits.copy_(p.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)))  # p - y
-            torch.mul(grad @ W, keep, out=dh[i : i + LOSS_ROWS])
+            grad = logits.copy_(p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)))  # p - y
+            torch.mul(grad @ W, keep, out=out)
             if dw is not None:
-                rows = rows * keep
                 for part, columns in zip(dw.split(LOSS_COLUMNS), grad.split(LOSS_COLUMNS, dim=1), strict=True):
-                    part += columns.T @ rows
+                    part += columns.T @ (rows * keep)
         ctx.count = kept.sum().clamp(min=1)
         ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
         return total / ctx.count
@@ -81,32 +74,22 @@ def safe_exp(loss: float) -> float:
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """next_token_loss of the head's logits for h (B, T, C), in the dtype of autocast where that is on."""
-    device_type = h.device.type
-    if torch.is_autocast_enabled(device_type):
-        h = h.to(torch.get_autocast_dtype(device_type))
+    if torch.is_autocast_enabled(h.device.type):
+        h = h.to(torch.get_autocast_dtype(h.device.type))
     if not torch.is_grad_enabled():
         return score_tokens(h, weight.to(h.dtype), targets)[0].sum() / (targets != -100).sum().clamp(min=1)
     return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
 
 
-# --------------------------------------------------------------------------------------------- one decoding step
-
-
 def input_major(model: nn.Module) -> None:
-    """Lay every matrix out as (in, out) in memory, its values and its shape as they are.
-
-    A CPU decodes one row up to twice as fast in float32 from it: the product of a vector then adds up rows of memory.
-    """
+    """Lay every matrix out as (in, out) in memory, from which a CPU decodes one row up to twice as fast in float32."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.T.contiguous().T
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, whose product with one row x is written as a sum: compiled, that reads W as fast as memory gives it.
-
-    A library's matrix product is made for many rows.
-    """
+    """F.linear, whose product with one row x is written as a sum: compiled, that reads W as fast as memory gives it."""
     if x.numel() > x.size(-1):
         return F.linear(x, weight, bias)
     y = (weight.float() * x.flatten().float()).sum(dim=-1)
@@ -114,17 +97,12 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class RowLinear(nn.Linear):
-    """A Linear of a model that decodes compiled."""
-
     def forward(self, x: Tensor) -> Tensor:
         return row_linear(x, self.weight, self.bias)
 
 
 def compile_step(model: Any) -> Any:
-    """model(token, cache=cache) for the tokens (B, 1) after a prompt, compiled: some 30 s at the first ones.
-
-    The position is a symbol in it, so that all tokens run one program. Infini's layer 0 stays outside of it.
-    """
+    """model(token, cache=cache) for the tokens (B, 1) after a prompt, compiled: some 30 s at the first ones."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = RowLinear
@@ -132,5 +110,5 @@ def compile_step(model: Any) -> Any:
     def step(token: Tensor, cache: Any) -> tuple[Tensor, None]:
         return row_linear(model.hidden_states(token, cache), model.head_weight), None
 
-    # what a row product reads is computed before it, and not again for each of its sums
+    # dynamic: one program for all positions; the options: what a row product reads is computed once, before its sums
     return torch.compile(step, dynamic=True, options={"realize_reads_threshold": 0, "realize_opcount_threshold": 0})

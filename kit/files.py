@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR}
+DISK_ERRORS |= {errno.ENOTDIR, errno.ENAMETOOLONG}
+
 
 class InputError(Exception):
     """What the user gave cannot be used; the message is one line that says what is wrong and what to do."""
@@ -16,11 +19,6 @@ class InputError(Exception):
 
 def one_line(error: object) -> str:
     return " ".join(str(error).split())
-
-
-# what the disk or a path is to blame for
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-DISK_ERRORS |= {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def make_folder(path: Path) -> None:
@@ -46,54 +44,33 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main; Ctrl-C ends it with status 130, a reader of its output that has gone (`| head`) with 1.
+    """Run a script's main: bad input, a full disk and want of memory end it with one line on stderr and status 2.
 
-    Bad input, a disk that is full or not to be written to, and want of memory end it with one line on stderr and 2.
+    Ctrl-C ends it with 130, a reader of its output that has gone (`| head`) with 1.
     """
     try:
-        try:
-            run_to_one_line(main)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit would fail once more
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        # the output itself goes to a disk that is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        with contextlib.suppress(OSError):
-            fail(f"{error.strerror}: while writing the output")
-        sys.exit(2)
-
-
-def run_to_one_line(main: Callable[[], None]) -> None:
-    try:
         main()
-    except InputError as error:
-        sys.exit(fail(one_line(error)))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        sys.exit(fail(f"{error.strerror}: {error.filename or 'while writing'}; what was complete before is kept"))
-    except (MemoryError, RuntimeError) as error:
-        if "C++ compiler" in str(error):
-            sys.exit(fail("torch.compile finds no C++ compiler: install one, g++ or clang++, or leave compile=False"))
-        is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not is_memory and "allocate memory" not in str(error):
-            raise
-        sys.exit(fail(f"out of memory: a smaller batch or model is needed ({one_line(error)[:150]})"))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        message = "" if isinstance(error, BrokenPipeError) else one_line(error)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            message = f"{error.strerror}: {error.filename or 'while writing'}; what was complete before is kept"
+        elif "C++ compiler" in message:
+            message = "torch.compile finds no C++ compiler: install one, g++ or clang++, or leave compile=False"
+        elif type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "allocate memory" in message:
+            message = f"out of memory: a smaller batch or model is needed ({message[:150]})"
+        elif not isinstance(error, InputError | BrokenPipeError):
+            raise
+        for stream, text in ((sys.stderr, message and f"error: {message}\n"), (sys.stdout, "")):
+            try:
+                print(text, end="", file=stream, flush=True)
+            except OSError:  # at exit Python would stumble over it once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(2 if message else 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SHOWN_LENGTH = 2048  # tokens at which caches are compared
-CHUNKS = (1, 2, 3, 5, 7, 11)  # tokens that go through the cache at a time, round and round
+CHUNKS = [1, 2, 3, 5, 7, 11]  # tokens that go through the cache at a time
 
 
 def text_ids(text: str, num_tokens: int) -> Tensor:
@@ -16,30 +16,17 @@ def text_ids(text: str, num_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def show(
-    model: Any, reference: Callable[[Any, Tensor], Tensor], baseline: Any, text: str, num_tokens: int = 48
-) -> None:
-    """Print a model's size beside the baseline's, and how far it is from its reference and from itself without a cache.
-
-    The logits that are compared are those of the first bytes of text.
-    """
-    model.eval()
-    idx = text_ids(text, num_tokens)
-    logits = model(idx)[0]
-    cache, start = model.init_cache(1, num_tokens), 0
-    chunks: list[Tensor] = []
-    while start < num_tokens:
-        chunk = idx[:, start : start + CHUNKS[len(chunks) % len(CHUNKS)]]
-        chunks.append(model(chunk, cache=cache)[0])
-        start += chunk.size(1)
+def show(model: Any, reference: Callable[[Any, Tensor], Tensor], baseline: Any, text: str) -> None:
+    """Print a model's size beside the baseline's, and how far its logits for text are from those it has to give."""
     ours, theirs = (m.init_cache(1, SHOWN_LENGTH).nbytes for m in (model, baseline))
     say(type(model).__name__, f"{count(model):,} parameters, the baseline {count(baseline):,}")
-    say(
-        f"cache at {SHOWN_LENGTH:,} tokens",
-        f"{ours:,} bytes, {ours / SHOWN_LENGTH:,.1f} a token, {1 - ours / theirs:.1%} less than the baseline",
-    )
-    say("module against reference", f"{largest(logits, reference(model, idx)):.1e} apart at most, {num_tokens} tokens")
-    say("cached against uncached", f"{largest(logits, torch.cat(chunks, dim=1)):.1e} apart at most")
+    saved = f"{ours / SHOWN_LENGTH:,.1f} a token, {1 - ours / theirs:.1%} less than the baseline"
+    say(f"cache at {SHOWN_LENGTH:,} tokens", f"{ours:,} bytes, {saved}")
+    idx = text_ids(text, sum(CHUNKS))
+    logits, cache = model(idx)[0], model.init_cache(1, idx.size(1))
+    cached = torch.cat([model(chunk, cache=cache)[0] for chunk in idx.split(CHUNKS, dim=1)], dim=1)
+    say("module against reference", f"{largest(logits, reference(model, idx)):.1e} apart at most, {idx.size(1)} tokens")
+    say("cached against uncached", f"{largest(logits, cached):.1e} apart at most")
 
 
 def say(what: str, value: str) -> None:

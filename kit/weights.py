@@ -1,6 +1,8 @@
 """Weights from elsewhere: Hugging Face checkpoints in and out, and what a model takes over from another."""
 
+import inspect
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kit.files import InputError, make_folder, one_line, replacing
+from kit.files import InputError, make_folder, one_line
 
-# ------------------------------------------------------------------------------------------ Hugging Face checkpoints
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "layer_norm_eps")
+# fields of PythiaConfig -> their names in the config.json of GPT-NeoX as Pythia was released
+SHAPE = {name: name for name in SAME} | {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+PYTHIA = {"hidden_act": "gelu", "use_parallel_residual": True, "tie_word_embeddings": False, "attention_bias": True}
+KIT = Path(__file__).parent
+OWN_IMPORT = re.compile(r"^(from|import) (kit\.)?(\w+)(.*)$", re.MULTILINE)
 
 
 def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> Any:
@@ -24,12 +31,9 @@ def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> An
     try:
         found = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False).model_type
         if found != model_type:
-            raise InputError(f"{name_or_folder} has model_type={found!r}, {model_type!r} is needed")
-        model, report = getattr(transformers, class_name).from_pretrained(
-            name_or_folder, dtype=torch.float32, output_loading_info=True
-        )
-    except InputError:
-        raise
+            raise ValueError(f"model_type={found!r}")
+        load = getattr(transformers, class_name).from_pretrained
+        model, report = load(name_or_folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of a hub out of reach, a folder without files, zip, pickle and JSON readers
         raise InputError(
             f"{name_or_folder!r} cannot be read as {model_type} ({type(error).__name__}: {one_line(error)[:150]}): "
@@ -43,69 +47,90 @@ def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> An
 def read_gpt_neox(name_or_folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of PythiaConfig and the weights of a GPT-NeoX checkpoint. Raises InputError if it is none."""
     model = load_pretrained(name_or_folder, "gpt_neox", "GPTNeoXForCausalLM")
-    c, rope = model.config, model.config.rope_parameters
-    required = {"hidden_act": "gelu", "use_parallel_residual": True, "tie_word_embeddings": False}
-    for key, value in (required | {"attention_bias": True}).items():
-        if getattr(c, key) != value:
-            raise InputError(f"{name_or_folder} has {key}={getattr(c, key)!r}; Pythia has {value!r}")
-    if rope["rope_type"] != "default":
-        raise InputError(f"{name_or_folder} has a RoPE of type {rope['rope_type']!r}; Pythia has 'default'")
-    shape = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "num_layers": c.num_hidden_layers,
-        "num_heads": c.num_attention_heads,
-        "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_position_embeddings,
-        "layer_norm_eps": c.layer_norm_eps,
-        "rotary_pct": rope["partial_rotary_factor"],
-        "rotary_base": float(rope["rope_theta"]),
-    }
-    return shape, {
-        name.removeprefix("gpt_neox.").replace("lm_head", "embed_out"): weight
-        for name, weight in model.state_dict().items()
-    }
+    theirs, rope = model.config, model.config.rope_parameters
+    for key, value in (PYTHIA | {"rope_type": "default"}).items():
+        if (found := rope[key] if key in rope else getattr(theirs, key)) != value:
+            raise InputError(f"{name_or_folder} has {key}={found!r}; Pythia has {value!r}")
+    shape = {ours: getattr(theirs, name) for ours, name in SHAPE.items()}
+    shape |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_base": float(rope["rope_theta"])}
+    weights = model.state_dict().items()
+    return shape, {name.removeprefix("gpt_neox.").replace("lm_head", "embed_out"): weight for name, weight in weights}
 
 
 def write_gpt_neox(model: Any, folder: Path) -> None:
-    """A baseline as config.json, in the spelling that Pythia was released with, and model.safetensors."""
+    """A baseline, its config.json in the spelling that Pythia was released with."""
+    c = model.config
+    settings = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "torch_dtype": "float32", **PYTHIA}
+    settings |= {name: getattr(c, ours) for ours, name in SHAPE.items()}
+    settings |= {"rotary_pct": c.rotary_pct, "rotary_emb_base": c.rotary_base, "bos_token_id": 0, "eos_token_id": 0}
+    weights = {k if k.startswith("embed_out") else f"gpt_neox.{k}": v for k, v in model.state_dict().items()}
+    write_folder(folder, settings, weights)
+
+
+def write_folder(folder: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """config.json and model.safetensors."""
     from safetensors.torch import save
 
-    c = model.config
-    config = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_position_embeddings,
-        "layer_norm_eps": c.layer_norm_eps,
-        "rotary_pct": c.rotary_pct,
-        "rotary_emb_base": c.rotary_base,
-        "hidden_act": "gelu",
-        "use_parallel_residual": True,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "torch_dtype": "float32",
-    }
-    weights = {k if k.startswith("embed_out") else f"gpt_neox.{k}": v for k, v in model.state_dict().items()}
     make_folder(folder)
-    with replacing(folder / "model.safetensors") as file:
-        file.write(save(weights, metadata={"format": "pt"}))
-    with replacing(folder / "config.json") as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_variant(model: Any, folder: Path) -> None:
+    """Any other model with its code, which transformers runs if it is trusted.
+
+    The code: modeling.py, which names the model's classes, and the model's file and what that imports of this project,
+    side by side, as they stand here but for the imports, which become relative.
+    """
+    config, source = model.config, Path(inspect.getfile(type(model)))
+    files = own_files(source)
+    make_folder(folder)
+    for path in files:
+        (folder / path.name).write_text(relative_imports(path.read_text(), source.parent))
+    imports = [f"from .{path.stem} import __doc__ as _" for path in files]  # transformers 4 copies what this file names
+    imports += [
+        "from .pythia_base import Cache",
+        f"from .{source.stem} import {type(config).__name__} as Config, {type(model).__name__} as Model",
+    ]
+    wrapper = re.sub(r"from \.variant .*", "\n".join(imports), (KIT / "modeling.py").read_text())
+    (folder / "modeling.py").write_text(wrapper)
+    settings = {
+        "architectures": ["ExportedModel"],
+        "auto_map": {"AutoConfig": "modeling.ExportedConfig", "AutoModelForCausalLM": "modeling.ExportedModel"},
+        "model_type": "kv-cache-pythia",
+        "model_args": {f.name: getattr(config, f.name) for f in fields(config) if f.init},
+        "dtype": "float32",
+    }
+    settings |= {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
+    write_folder(folder, settings, {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()})
+
+
+def own_files(source: Path) -> list[Path]:
+    """A model's file and those of this project that it imports, directly or through others."""
+    found = [source]
+    for path in found:  # grows on the way
+        for _, in_kit, name, _ in OWN_IMPORT.findall(path.read_text()):
+            imported = (KIT if in_kit else source.parent) / f"{name}.py"
+            if imported.is_file() and imported not in found:
+                found.append(imported)
+    return found
+
+
+def relative_imports(code: str, folder: Path) -> str:
+    """Imports from kit, and of files in folder, as imports from the package that the exported files are."""
+
+    def relative(match: re.Match[str]) -> str:
+        word, kit, name, rest = match.groups()
+        if not kit and not (folder / f"{name}.py").is_file():
+            return match[0]
+        return f"from .{name}{rest}" if word == "from" else f"from . import {name}{rest}"
+
+    return OWN_IMPORT.sub(relative, code)
 
 
 def read_gpt2_table(name_or_folder: str) -> Tensor:
     """The token embedding (V, C) of a GPT-2 checkpoint. Raises InputError if it cannot be had."""
-    table: Tensor = load_pretrained(name_or_folder, "gpt2", "GPT2Model").wte.weight.detach()
-    return table
-
-
-# --------------------------------------------------------------------------------- starting from a trained model
+    return load_pretrained(name_or_folder, "gpt2", "GPT2Model").wte.weight.detach()
 
 
 def require_known_source(model: Any, source: Any, baseline: type) -> None:
@@ -114,21 +139,15 @@ def require_known_source(model: Any, source: Any, baseline: type) -> None:
     Names and shapes do not tell: two attentions can lay out a matrix of one name and one shape differently.
     """
     if type(source) not in (type(model), baseline):
-        raise ValueError(
-            f"the source is a {type(source).__name__}: a {type(model).__name__} can start from the baseline, "
-            f"{baseline.__name__}, and from its own class"
-        )
-    theirs, mine = ({f.name for f in fields(m.config) if f.init} for m in (source, model))
-    for name in ("num_heads", "rotary_pct", "rotary_base"):  # no shape shows them
-        values = [getattr(m.config, name) for m in (source, model) if name in theirs & mine]
+        mine, theirs = type(model).__name__, type(source).__name__
+        raise ValueError(f"the source is a {theirs}: a {mine} starts from its own class or from {baseline.__name__}")
+    shared = {f.name for f in fields(source.config) if f.init} & {f.name for f in fields(model.config) if f.init}
+    for name in ("num_heads", "rotary_pct", "rotary_base", "hidden_size", "vocab_size"):
+        values = [getattr(m.config, name) for m in (source, model) if name in shared]
         if len(set(values)) > 1:
-            raise ValueError(f"the source has {name}={values[0]}, this model {values[1]}")
-    shapes = [tuple(m.embed_in.weight.shape) for m in (source, model)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"the source's embedding is {shapes[0]}, this model's {shapes[1]}: pretrained weights need the same "
-            "widths (width_divisor = 1)"
-        )
+            raise ValueError(
+                f"the source has {name}={values[0]}, this model {values[1]}; pretrained: width_divisor = 1"
+            )
 
 
 def take_over(model: Any, source: Any, converted: dict[str, Tensor]) -> dict[str, str]:
@@ -155,17 +174,11 @@ def bias_free_attention(source: Any, layer: int) -> dict[str, Tensor]:
     moves into the bias of the parallel MLP. Biases of queries and keys have no place there and are dropped.
     """
     weights, theirs = source.state_dict(), f"layers.{layer}.attention"
-    mlp_bias = f"layers.{layer}.mlp.dense_4h_to_h.bias"
-    W_Q, W_K, W_V = fused_parts(source, layer, "weight")
-    b_V = fused_parts(source, layer, "bias")[2]
-    W_O, b_O = weights[f"{theirs}.dense.weight"], weights[f"{theirs}.dense.bias"]
-    return {
-        f"{theirs}.W_Q.weight": W_Q,
-        f"{theirs}.W_K.weight": W_K,
-        f"{theirs}.W_V.weight": W_V,
-        f"{theirs}.W_O.weight": W_O,
-        mlp_bias: weights[mlp_bias] + b_O + W_O @ b_V,
-    }
+    mlp_bias, W_O = f"layers.{layer}.mlp.dense_4h_to_h.bias", weights[f"{theirs}.dense.weight"]
+    matrices = [*fused_parts(source, layer, "weight"), W_O]
+    b_O, b_V = weights[f"{theirs}.dense.bias"], fused_parts(source, layer, "bias")[2]
+    named = {f"{theirs}.W_{name}.weight": W for name, W in zip("QKVO", matrices, strict=True)}
+    return named | {mlp_bias: weights[mlp_bias] + b_O + W_O @ b_V}
 
 
 def fused_parts(source: Any, layer: int, part: str) -> tuple[Tensor, Tensor, Tensor]:

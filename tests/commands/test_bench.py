@@ -1,13 +1,13 @@
-"""tools/bench.py: what its tables say; what it times is equal: the fast training step, matrices input-major."""
+"""tools/bench.py: what its tables say; matrices input-major, which decode faster, give the same logits."""
+
+import re
 
 import pytest
 import torch
 
 from configurator import MODELS, build_model, names
-from kit.fast import input_major, next_token_loss
-from pythia_base import PythiaConfig, PythiaModel
+from kit.fast import input_major
 from tools.bench import Contender, compare
-from train import make_optimizer
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 
@@ -26,34 +26,12 @@ def test_ratios_are_of_the_same_repeat_and_the_first_run_is_not_counted(
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     contenders = {
         "plain": Contender(lambda: work("plain"), 100),
-        "fast": Contender(lambda: work("fast"), 100, to_reach=2.5, note="same result"),
+        "fast": Contender(lambda: work("fast"), 100, to_reach="2.5"),
     }
     table = compare("work", contenders, repeats=3, device=torch.device("cpu"))
     assert order == ["plain", "fast"] * 4
     assert table["work"]["fast"]["ratios"] == pytest.approx([3, 3, 4])
-    assert capsys.readouterr().out.splitlines()[-1].split()[:4] == ["fast", "300", "3.00", "3.00-4.00"]
-
-
-def test_fast_training_has_the_losses_of_plain_training() -> None:
-    """Fused AdamW and a loss without logits, against whole logits and a loop: float32 to 1e-4, bfloat16 to 1e-2."""
-    losses = {}
-    for dtype in (None, torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        model = PythiaModel(PythiaConfig(**{**TINY, "vocab_size": 50304}))  # type: ignore[arg-type]
-        optimizer: torch.optim.Optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
-        if dtype is None:
-            optimizer = torch.optim.AdamW(optimizer.param_groups, fused=False, foreach=False)
-        losses[dtype] = torch.zeros(4)
-        for step, rows in enumerate(torch.randint(50304, (4, 2, 65))):
-            idx, targets = rows[:, :-1], rows[:, 1:]
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = next_token_loss(model(idx)[0], targets) if dtype is None else model(idx, targets)[1]  # type: ignore[arg-type]
-            loss.backward()  # type: ignore[union-attr]
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[dtype][step] = loss.detach()  # type: ignore[union-attr]
-    assert (losses[torch.float32] - losses[None]).abs().mean() < 1e-4
-    assert 0 < (losses[torch.bfloat16] - losses[None]).abs().mean() < 1e-2
+    assert re.sub(" +", " ", capsys.readouterr().out).endswith("| fast | 300 | 3.00 | 3.00-4.00 | 2.5 |\n")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY_LAYER, plain
 
 from configurator import parse_train
 from kit.runs import read_checkpoint
-from tools.compare import RECIPES, CompareSettings, Training, plan, train_all
+from tools.compare import RECIPES, CompareSettings, Runs, plan, train_all
 from train import PHASES, LMSettings
 
 
@@ -48,14 +48,14 @@ def start(configs: list[str], folder: Path) -> subprocess.Popen[str]:
 def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for settings in (CompareSettings(seeds=2), CompareSettings(size="full")):
-        trainings = plan(settings)
-        assert len({training.folder for training in trainings}) == len(trainings) == settings.seeds * len(RECIPES)
+        runs = plan(settings)
+        assert len(runs) == settings.seeds * len(RECIPES)
         tokens = set()
-        for i, training in enumerate(trainings):
-            s = parse_train(list(training.words[1:]), PHASES).settings
-            assert (s.dataset, s.seed, Path(s.out_dir)) == ("mini", 1337 + (i >= len(RECIPES)), training.folder)
-            assert training.needs is None or training.needs in [before.folder for before in trainings[:i]]
-            assert s.phase != "phase2" or Path(s.init_from) == training.needs
+        for i, (folder, (words, needs)) in enumerate(runs.items()):
+            s = parse_train(words[1:], PHASES).settings
+            assert (s.dataset, s.seed, Path(s.out_dir)) == ("mini", 1337 + (i >= len(RECIPES)), folder)
+            assert needs is None or needs in list(runs)[:i]
+            assert s.phase != "phase2" or Path(s.init_from) == needs
             if isinstance(s, LMSettings):
                 tokens.add(s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size)
         assert len(tokens) == 1
@@ -72,7 +72,7 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path, request: 
     With --kills above 1 the figures are compared with those of a comparison that is left alone.
     """
     configs, rng, kills = ["pythia", "infini"], random.Random(0), request.config.getoption("--kills")
-    (here / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=120))
+    (here / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=60) + "final_eval = False\n")
     started = time.monotonic()
     process = start(configs, here)
     log = here / "out" / "pythia-laptop" / "log.jsonl"
@@ -84,7 +84,7 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path, request: 
     assert process.returncode == 130
     with pytest.raises(ProcessLookupError):  # no training outlives it
         os.killpg(process.pid, 0)
-    assert 0 < (steps := read_checkpoint("out/pythia-laptop")["iter_num"]) < 120
+    assert 0 < (steps := read_checkpoint("out/pythia-laptop")["iter_num"]) < 60
     for _ in range(kills):
         process = start(configs, here)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -98,7 +98,7 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path, request: 
     assert process.returncode == 0, output
     assert "2/2" in output
     page = Path("out/compare-laptop/report.md").read_text()
-    assert all(f"| {name} | " in page for name in configs)
+    assert all(f"| {name}-laptop " in page for name in configs)
     if kills > 1:
         interrupted = figures()
         shutil.rmtree("out")
@@ -107,12 +107,13 @@ def test_killed_in_the_middle_and_started_again_it_reports(here: Path, request: 
 
 
 def test_a_run_that_fails_is_named_and_the_rest_goes_on(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ("train.py", "config/pythia.py", "config/laptop.py")
-    bad = Training(Path("out/bad"), (*words, "--out_dir=out/bad", "--num_heads=3"), None)
-    after = Training(Path("out/after"), words, Path("out/bad"))
-    good = Training(Path("out/good"), (*words, "--out_dir=out/good"), None)
-    assert train_all([bad, after, good], 1, here) == [good]
+    bad, after, good = (Path("out", name) for name in ("bad", "after", "good"))
+    words = ["train.py", "config/pythia.py", "config/laptop.py", "--final_eval=False"]
+    runs: Runs = {folder: ([*words, f"--out_dir={folder}"], None) for folder in (bad, after, good)}
+    runs |= {bad: ([*runs[bad][0], "--num_heads=3"], None), after: (words, bad)}
+    assert train_all(runs, 1, here) == [good]
     said = capfd.readouterr()
-    assert "FAILED: out/bad, exit status 2:\n    error: num_heads=3 does not divide hidden_size=16" in said.err
-    assert "FAILED: out/after, not started, because out/bad failed" in said.err
+    assert "FAILED: out/bad, exit status 2, " in said.err
+    assert "error: num_heads=3 does not divide hidden_size=16" in said.err
+    assert "FAILED: out/after, not started" in said.err
     assert "pythia: " in (here / "good.txt").read_text()

@@ -43,9 +43,6 @@ def parse_files(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> J
     return parse_train(*paths, *overrides)
 
 
-# ---------------------------------------------------------------------------- experiments, layers, the command line
-
-
 def test_nothing_given_is_the_baseline() -> None:
     assert parse_train() == Job(LMSettings(), PythiaConfig(), name="pythia", parent="", passed_over=[])
 
@@ -64,15 +61,12 @@ def test_an_experiment_wins_over_a_layer_in_any_order_and_the_command_line_over_
     experiment, layer = "phase = 'phase1'\nmodel = 'context'\nseed = 1\nlearning_rate = 0.3", "seed = 2\nbatch_size = 7"
     first, last = parse_files(tmp_path, experiment, layer), parse_files(tmp_path, layer, experiment)
     assert first.settings == last.settings == Phase1Settings(**picked, seed=1, learning_rate=0.3, batch_size=7)
-    assert first.passed_over == last.passed_over == ["seed (the experiment's 1 stays)"]
+    assert first.passed_over == last.passed_over == ["seed"]
     typed = parse_files(tmp_path, experiment, layer, overrides=("--seed=3",))
     assert (typed.settings.seed, typed.passed_over) == (3, [])
     assert parse_files(tmp_path, experiment, "seed = 1").passed_over == []  # the same
     other = parse_files(tmp_path, "model = 'pythia'", "kv_dim = 64\nmax_iters = 3\nnum_tokens = 4")
-    assert (other.settings, other.passed_over) == (
-        LMSettings(max_iters=3),
-        ["kv_dim, num_tokens (not of this model and phase)"],
-    )
+    assert (other.settings, other.passed_over) == (LMSettings(max_iters=3), ["kv_dim", "num_tokens"])
 
 
 @pytest.mark.parametrize("layer", ["laptop", "pile"])
@@ -88,10 +82,9 @@ def test_config_files_parse_alone_and_below_a_layer(name: str, layer: str) -> No
 
 
 def test_a_width_divisor_divides_every_width_and_nothing_else() -> None:
-    job = parse_train(CONFIG / "mla_kv128.py", "--width_divisor=4")
-    assert job.model_config == MLAConfig(hidden_size=128, intermediate_size=512, kv_dim=32)
-    assert (job.model_config.num_heads, job.model_config.num_layers) == (8, 6)
-    assert baseline_config(job.model_config) == PythiaConfig(hidden_size=128, intermediate_size=512)
+    config = parse_train(CONFIG / "mla_kv128.py", "--width_divisor=4").model_config
+    assert config == MLAConfig(hidden_size=128, intermediate_size=512, kv_dim=32)
+    assert baseline_config(config) == PythiaConfig(hidden_size=128, intermediate_size=512)
 
 
 def test_a_config_in_the_place_of_a_source_stands_for_its_run_under_the_same_layers(tmp_path: Path) -> None:
@@ -109,30 +102,23 @@ def test_other_scripts_take_settings_and_what_they_are_for() -> None:
 # ---------------------------------------------------------------------------------------------------- keys and values
 
 Mode = Literal["auto", "fast"]
+Share = Annotated[float, Field(ge=0, lt=1)]
 GOOD: list[tuple[Any, Any, Any]] = [
     (Text("1"), float, 1.0), (Text("-1e-3"), float, -0.001), (Text("1_000"), int, 1000), (Text("3"), PositiveInt, 3),
     (Text("None"), int | None, None), (Text("none"), str | None, None), (Text("None"), str, "None"),
     (Text("true"), bool, True), (Text("False"), bool | None, False), (True, bool, True),  # a bare --key
-    (Text("12"), str, "12"), (Text("1e5"), str | None, "1e5"), (Text("True"), str, "True"), (Text("[1]"), str, "[1]"),
-    (Text("'quoted'"), str, "'quoted'"), (Text("a = b"), str, "a = b"), (Text("{[]: 1}"), str, "{[]: 1}"),
-    (Text(""), str, ""), (Text("fast"), Mode, "fast"), (Text("[1, 2]"), list[int], [1, 2]),
-    (Text("[1, 2]"), tuple[int, ...], (1, 2)), (Text("(1, 2)"), list[float], [1.0, 2.0]),
-    (Text("['a', 'b']"), list[str], ["a", "b"]), (Text("[]"), list[int] | None, []),
+    (Text("12"), str, "12"), (Text("1e5"), str | None, "1e5"), (Text("[1]"), str, "[1]"), (Text("a = b"), str, "a = b"),
+    (Text(""), str, ""), (Text("fast"), Mode, "fast"), (Text("[1, 2]"), tuple[int, ...], (1, 2)),
     (1, float, 1.0), (None, float | None, None), ((0.5, 1), list[float], [0.5, 1.0]), (0, NonNegativeFloat, 0.0),
 ]  # fmt: skip
 BAD: list[tuple[Any, Any, str]] = [
-    (Text("1.0"), int, "integer"), (Text("1e3"), int, "integer"), (Text("True"), int, "integer"),
-    (Text("one"), int, "integer"), (Text(""), int, "integer"), (Text("None"), int, "integer"), ("1", int, "integer"),
-    (Text("{[]: 1}"), int, "integer"), (True, int, "integer"), (Text("٣_"), int | None, "integer"),
-    (Text("nan"), float, "number"), (Text("1e999"), float, "finite"), (Text("True"), float, "number"),
-    (True, float, "number"), (float("nan"), float, "finite"), (Text("1" + "0" * 400), float, "below 2^63"),
-    (Text("9" * 5000), int, "below 2^63"), (Text("0x" + "f" * 5000), int | None, "below 2^63"),
-    (10**5000, int, "below 2^63"), ([10**5000], list[str], "string"), ([10**5000, "a"], list[int], "integer"),
-    (Text("1"), bool, "boolean"), (1, bool, "boolean"), (Text("perhaps"), bool | None, "boolean"),
-    (Text("fst"), Mode, "'auto' or 'fast'"), ([], Mode, "'auto' or 'fast'"), (Text("[1, 'a']"), list[int], "integer"),
-    (Text("[1, 2"), list[int], "list"), (Text("1"), list[int] | None, "list"), (1, str, "string"),
-    (True, str, "string"), (Text("0"), PositiveInt, "greater than 0"), (-0.5, NonNegativeFloat, "equal to 0"),
-    (1, Annotated[float, Field(ge=0, lt=1)], "less than 1"), ("a\0b", str, "characters"), ("\ud800", str, "characters"),
+    (Text("1.5"), int, "integer"), (Text("1e3"), int, "integer"), (Text("True"), int, "integer"), (True, int, "int"),
+    (Text(""), int, "integer"), (Text("None"), int, "integer"), ("1", int, "integer"), (Text("nan"), float, "finite"),
+    (Text("1e999"), float, "finite"), (Text("True"), float, "number"), (True, float, "number"), (1, bool, "boolean"),
+    (Text("perhaps"), bool | None, "boolean"), (Text("fst"), Mode, "'auto' or 'fast'"), ([], Mode, "'auto' or 'fast'"),
+    (Text("[1, 2"), list[int], "JSON"), (Text("1"), list[int], "array"), (1, str, "string"), (True, str, "string"),
+    (Text("0"), PositiveInt, "greater than 0"), (-0.5, NonNegativeFloat, "equal to 0"), (1, Share, "less than 1"),
+    (Text("9" * 5000), int, "has to be"),
 ]  # fmt: skip
 
 
@@ -144,7 +130,7 @@ def test_values_get_the_type_of_their_setting(value: Any, hint: Any, expected: A
 
 @pytest.mark.parametrize(("value", "hint", "named"), BAD, ids=range(len(BAD)))
 def test_values_of_another_type_or_out_of_range_are_refused(value: Any, hint: Any, named: str) -> None:
-    with pytest.raises(InputError, match=f"key=.{{,100}} has to be .*{re.escape(named)}"):
+    with pytest.raises(InputError, match=f"key=.{{,100}}{re.escape(named)}"):
         check("key", value, hint)
 
 
@@ -155,23 +141,20 @@ def test_a_list_is_a_config_s_tuple() -> None:
 
 KEYS = st.sampled_from(sorted({name for cls in [*SETTINGS, *MODEL_CONFIGS] for name in names(cls)}))
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers() | st.text())
-TYPED = st.text() | VALUES.map(repr) | st.sampled_from(["0x" + "f" * 5000, "9" * 5000, "(" * 500, "{[]}", "1e999"])
+TYPED = st.text() | VALUES.map(repr) | st.sampled_from(["9" * 5000, "(" * 500, "{[]}", "1e999"])
 ARGUMENTS = st.lists(st.builds("--{}={}".format, KEYS | st.text(), TYPED) | KEYS.map("--{}".format), max_size=4)
 
 
-@settings(deadline=None, max_examples=300)
-@given(ARGUMENTS, st.sampled_from(SETTINGS))
-def test_a_command_line_parses_or_is_refused(arguments: list[str], settings_class: type) -> None:
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ARGUMENTS, st.sampled_from(SETTINGS), st.dictionaries(KEYS, VALUES, max_size=4))
+def test_a_command_line_and_a_config_file_parse_or_are_refused(
+    tmp_path: Path, arguments: list[str], settings_class: type, values: dict[str, Any]
+) -> None:
     """Whatever is typed, nothing but InputError is raised."""
     with suppress(InputError):
         parse_train(*arguments)
     with suppress(InputError):
         parse_settings(settings_class, arguments)
-
-
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(KEYS, VALUES, max_size=4))
-def test_a_config_file_parses_or_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
     with suppress(InputError):
         parse_files(tmp_path, "".join(f"{key} = {value!r}\n" for key, value in values.items()))
 
@@ -188,8 +171,7 @@ def test_help_lists_every_key_once_with_type_default_and_comment(
     assert set(shown) == {name for c in ([cls] if cls else [*PHASES.values(), *MODEL_CONFIGS]) for name in names(c)}
     if not cls:
         assert "  --kv_dim=128 (int)\n      width L of the latent, all that is cached" in text
-        assert "  --patience=None (PositiveInt | None)\n" in text
-        assert """  --dtype='auto' (Literal["auto", "float32", "bfloat16", "float16"])\n""" in text
+        assert """  --dtype="auto" (Literal["auto", "float32", "bfloat16", "float16"])\n""" in text
 
 
 # ------------------------------------------------------------------------------------------------ models and their runs
@@ -197,9 +179,9 @@ def test_help_lists_every_key_once_with_type_default_and_comment(
 SMALL = {"vocab_size": 31, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
 
 
-@pytest.mark.parametrize("name", ["pythia", "mla"])
-def test_a_run_is_loaded_as_it_was_saved(tmp_path: Path, name: str) -> None:
-    saved = checkpoint_of(name, build_model(name, MODELS[name][0](**SMALL, **({"kv_dim": 8} if name == "mla" else {}))))
+@pytest.mark.parametrize(("name", "own"), [("pythia", {}), ("mla", {"kv_dim": 8})])
+def test_a_run_is_loaded_as_it_was_saved(name: str, own: dict[str, int], tmp_path: Path) -> None:
+    saved = checkpoint_of(name, build_model(name, MODELS[name][0](**SMALL, **own)))
     torch.save(saved, tmp_path / "ckpt.pt")
     for source in (tmp_path, tmp_path / "ckpt.pt"):
         model, checkpoint = load_source(str(source))
@@ -219,7 +201,7 @@ def test_huggingface_weights_are_a_source(tmp_path: Path) -> None:
 
 def test_what_is_no_run_and_no_device_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=f"{path} holds no checkpoint"):
+        with pytest.raises(InputError, match=f"{path}.* cannot be read"):
             read_checkpoint(path)
     with pytest.raises(InputError, match=r"nowhere.* cannot be read as gpt_neox"):
         load_source(str(tmp_path / "nowhere"))

@@ -1,11 +1,13 @@
-"""eval.py: each of its metrics against a plain computation, which weights a row stands for, --verify."""
+"""eval.py: each of its metrics against a plain computation, and which weights a row stands for."""
 
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,8 @@ from conftest import ROOT, checkpoint_of
 
 import eval as evaluation
 import train
-from benchmarks import Document, evaluate_lambada
 from eval import EvalSettings
-from kit.files import InputError
+from kit import recall
 from kit.text import get_reversal_pairs, load_tokenizer
 from kit.tokens import load_tokens
 from model_cascade import CascadeConfig, CascadeContextLLM
@@ -27,7 +28,6 @@ from pythia_base import PythiaConfig, PythiaModel
 from train import LMSettings
 
 CPU = torch.device("cpu")
-TEXT = "The cache holds a key and a value for every token, and the longer the text is, the larger grows the cache"
 CONFIG = PythiaConfig(hidden_size=8, num_layers=2, num_heads=2, intermediate_size=16, rotary_pct=0.5)
 CONFIG = replace(CONFIG, max_position_embeddings=64)
 
@@ -36,14 +36,6 @@ CONFIG = replace(CONFIG, max_position_embeddings=64)
 def model() -> PythiaModel:
     torch.manual_seed(0)
     return PythiaModel(CONFIG).eval()
-
-
-@pytest.fixture
-def options(data_dir: Path, tmp_path: Path) -> list[str]:
-    """A command line on local files."""
-    (tmp_path / "lambada.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
-    files = [f"--lambada={tmp_path / 'lambada.jsonl'}", f"--out_dir={tmp_path / 'compare'}"]
-    return [*files, "--tasks=lambada", f"--data_dir={data_dir}", "--device=cpu"]
 
 
 def save_run(folder: Path, model: PythiaModel, data_dir: Path, **changes: Any) -> str:
@@ -67,62 +59,32 @@ def type_in(monkeypatch: pytest.MonkeyPatch, *words: str, main: Callable[[], Non
 
 
 def test_a_report_says_which_weights_were_scored_and_on_what_they_were_trained(
-    model: PythiaModel, options: list[str], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PythiaModel, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = save_run(tmp_path / "run", model, data_dir)
     model.save_pretrained(tmp_path / "hf")
     with torch.no_grad():
         model.embed_in.weight[:, 0] += 1
     other = save_run(tmp_path / "other", model, data_dir, tokens_seen=768)
+    options = ["--tasks=reversal", f"--data_dir={data_dir}", "--device=cpu", f"--out_dir={tmp_path / 'compare'}"]
     type_in(monkeypatch, run, str(tmp_path / "hf"), other, *options)
     results = json.loads((tmp_path / "compare" / "results.json").read_text())
     first, weights, second = results["runs"]
     assert first["checkpoint"] == str(tmp_path / "run" / "ckpt.pt")
     assert first["steps"] == 3
-    assert first["weights_sha256"] == weights["weights_sha256"] != second["weights_sha256"]
-    assert first["lambada_ppl"] == weights["lambada_ppl"] != second["lambada_ppl"]
+    assert first["reversal_gap"] == weights["reversal_gap"] != second["reversal_gap"]
     assert results["block_size"] == 32
     assert f"{other} on 768 tokens" in (tmp_path / "compare" / "report.md").read_text()
 
 
-def test_hugging_face_weights_alone_are_scored_in_the_longest_windows(model: PythiaModel, data_dir: Path) -> None:
-    settings = EvalSettings(data_dir=str(data_dir), dataset="own")
-    val, block_size = evaluation.data_of(settings, [("hf", model, {})])
-    assert (val.path, block_size) == (data_dir / "own" / "val.bin", 64)
-    run = {"config": {"block_size": 32, "dataset": "own"}, "data": {"tokenizer": "neox"}}
-    assert evaluation.data_of(settings, [("hf", model, {}), ("out/a", model, run)])[1] == 32
-
-
-# ------------------------------------------------------------------------------------------------------- --verify
-
-
-@pytest.mark.parametrize(("factor", "status"), [(1.005, 0), (0.995, 0), (1.05, 1), (0.95, 1)])
-def test_verify_holds_figures_against_published_ones(
-    model: PythiaModel, options: list[str], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], factor: float, status: int,
-) -> None:  # fmt: skip
-    model.save_pretrained(tmp_path / "hf")
-    tokenizer = load_tokenizer("neox", data_dir)
-    measured = evaluate_lambada(model, [Document(TEXT, "")], tokenizer, 64, 8, CPU)["lambada_ppl"]
-    monkeypatch.setattr("benchmarks.PUBLISHED", {"lambada_ppl": factor * measured})
-    with pytest.raises(SystemExit) as end:
-        type_in(monkeypatch, str(tmp_path / "hf"), "--verify", *options)
-    assert end.value.code == status
-    assert f"{1 / factor - 1:+.2%}" in capsys.readouterr().out
-
-
-def test_verify_without_a_hub_is_one_line(
-    model: PythiaModel, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hugging_face_weights_alone_are_scored_in_the_longest_windows(
+    model: PythiaModel, data_dir: Path, tmp_path: Path
 ) -> None:
-    def no_hub(*arguments: Any) -> Any:
-        raise InputError("the hub cannot be reached")
-
-    monkeypatch.setattr("benchmarks.hub_revision", no_hub)
     model.save_pretrained(tmp_path / "hf")
-    with pytest.raises(InputError, match="nothing can be verified: the hub cannot be reached"):
-        type_in(monkeypatch, str(tmp_path / "hf"), "--verify", *options, "--tasks=lambada,pile")
-    with pytest.raises(InputError, match="cannot be read as gpt_neox"):
-        type_in(monkeypatch, str(tmp_path / "none"), "--verify", *options)
+    sources, settings = [str(tmp_path / "hf")], EvalSettings(data_dir=str(data_dir), dataset="own")
+    assert evaluation.open_runs(settings, sources)[2] == 64
+    run = save_run(tmp_path / "run", model, data_dir)
+    assert evaluation.open_runs(settings, [*sources, run])[2] == 32
 
 
 # --------------------------------------------------------------------------------------------------- speed, memory
@@ -135,20 +97,19 @@ def test_speed_is_measured_at_every_length_also_beyond_the_window(
     monkeypatch.setattr(evaluation, "DECODE_TOKENS", 3)
     lengths: list[int] = []
     model.embed_in.register_forward_hook(lambda module, given, out: lengths.append(given[0].size(1)))
-    speeds = evaluation.evaluate_speed(model, load_tokens(data_dir / "own", "val").tokens[:50], CPU)
+    speeds = evaluation.evaluate_speed(model, load_tokens(data_dir / "own", "val").tokens[:50])
     assert list(speeds) == ["prefill_tokens_per_s", "decode_tokens_per_s"]
     assert all(0 < speed[n] < math.inf for speed in speeds.values() for n in ("8", "100"))
-    warm_up, repeats = [8, 1, 1, 1], evaluation.SPEED_REPEATS
-    assert lengths == warm_up + repeats * [8, 1, 1, 1] + repeats * [100, 1, 1, 1]
+    repeats = 1 + evaluation.SPEED_REPEATS
+    assert lengths == repeats * [8, 1, 1, 1] + repeats * [100, 1, 1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_peak_of_a_generation_holds_weights_and_cache(model: PythiaModel, data_dir: Path) -> None:
     tokens, device = load_tokens(data_dir / "own", "val").tokens, torch.device("cuda")
-    peaks = evaluation.generation_peak(model.to(device), tokens, device)
-    assert peaks["cuda_bytes_before"] >= sum(p.nbytes for p in model.parameters())
-    for n, peak in peaks["cuda_peak_bytes"].items():
-        assert peak >= peaks["cuda_bytes_before"] + model.init_cache(1, int(n)).nbytes
+    weights = sum(p.nbytes for p in model.to(device).parameters())
+    for n, peak in evaluation.evaluate_speed(model, tokens)["cuda_peak_bytes"].items():
+        assert peak >= weights + model.init_cache(1, int(n)).nbytes
 
 
 def test_a_parameter_may_be_a_scalar_and_a_long_bias_is_no_table(model: PythiaModel) -> None:
@@ -182,17 +143,66 @@ class Bigrams(torch.nn.Module):
 
 @pytest.mark.parametrize("num_tokens", [1000, 1001, 90])  # the last window is short, full, the only one
 def test_validation_counts_every_token_once(num_tokens: int, data_dir: Path) -> None:
-    tokens, model = load_tokens(data_dir / "own", "val").tokens[:num_tokens], Bigrams()
-    scores = evaluation.evaluate_val(model, tokens, 100, 3, CPU)
+    val, model = load_tokens(data_dir / "own", "val"), Bigrams()
+    tokens = val.tokens[:num_tokens]
+    scores = evaluation.evaluate_val(model, replace(val, tokens=tokens), 100, 3)
     losses = model.losses(tokens.tolist())
     best = (model.table[tokens[:-1].astype(int)] @ model.head_weight.T).argmax(-1).numpy()
     assert scores["val_tokens"] == num_tokens - 1
     assert scores["val_loss"] == pytest.approx(losses.mean(), rel=1e-5)
     assert scores["val_accuracy"] == pytest.approx((best == tokens[1:]).mean())
-    first = np.concatenate([losses[s : s + 16] for s in range(0, num_tokens - 1, 100)])
-    assert scores["position_ppl"]["0-16"] == pytest.approx(np.exp(first.mean()), rel=1e-4)
-    last = ["96-100"] if num_tokens > 100 else []
-    assert list(scores["position_ppl"]) == ["0-16", "16-32", "32-64", "64-96", *last]
+    second = np.concatenate([losses[s + 16 : s + 64] for s in range(0, num_tokens - 1, 100)])
+    assert scores["position_ppl"]["16-64"] == pytest.approx(np.exp(second.mean()), rel=1e-4)
+    assert list(scores["position_ppl"]) == ["0-16", "16-64", "64-100"]
+
+
+def test_recall_groups_equal_a_loop_over_the_windows(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of the bigrams that a window has shown, a count of all those of the training text."""
+    val, train_tokens = load_tokens(data_dir / "own", "val"), load_tokens(data_dir / "own", "train").tokens.tolist()
+    tokens, counts = val.tokens[:3000].tolist(), Counter(pairwise(train_tokens))
+    expected: dict[str, list[int]] = {"0": [], "1-10": [], "0-10": [], "more": [], "others": []}
+    for start in range(0, len(tokens) - 1, 128):
+        shown = set()
+        for i in range(start, min(start + 128, len(tokens) - 1)):
+            count = counts[bigram := (tokens[i], tokens[i + 1])]
+            kind = "others" if bigram not in shown else "0" if count == 0 else "1-10" if count <= 10 else "more"
+            expected[kind].append(i)
+            if kind in ("0", "1-10"):
+                expected["0-10"].append(i)
+            shown.add(bigram)
+    monkeypatch.setattr(recall, "CHUNK", 1000)
+    val = replace(val, tokens=val.tokens[:3000])
+    assert recall.training_counts(val).tolist() == [counts[bigram] for bigram in pairwise(tokens)]
+    for _ in range(2):  # counted, and read from the file that keeps the counts
+        groups = recall.recall_groups(val, 128)
+        assert {name: places.tolist() for name, places in groups.items()} == expected
+    assert all(expected.values())
+
+
+class Recall(torch.nn.Module):
+    """A model that repeats what followed the last time it saw a token, if that is among the last tokens it keeps."""
+
+    def __init__(self, keeps: int) -> None:
+        super().__init__()
+        self.head_weight, self.keeps = torch.randn(50304, 64, generator=torch.Generator().manual_seed(0)), keeps
+
+    def hidden_states(self, idx: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(*idx.shape, 64)
+        for b, row in enumerate(idx.tolist()):
+            for t, token in enumerate(row):
+                before = [i for i in range(max(0, t - self.keeps), t) if row[i] == token]
+                h[b, t] = self.head_weight[row[before[-1] + 1]] / 8 if before else 0
+        return h
+
+
+def test_a_cache_of_the_last_16_tokens_loses_more_on_hits_than_on_the_others(data_dir: Path) -> None:
+    val = load_tokens(data_dir / "own", "val")
+    val = replace(val, tokens=val.tokens[:1025])
+    full, cut = (evaluation.evaluate_val(Recall(keeps), val, 256, 4)["recall_loss"] for keeps in (256, 16))
+    lost = {name: cut[name] - full[name] for name in full}
+    assert lost["0-10"] > 1
+    assert lost["0-10"] > lost["others"] + 1
+    assert full["0-10"] < full["others"]
 
 
 def test_reversal_ppl_of_sentences_and_of_answers(data_dir: Path) -> None:
@@ -214,13 +224,12 @@ def test_reversal_ppl_of_sentences_and_of_answers(data_dir: Path) -> None:
         assert scores[f"reversal_{part}ratio"] == forward / backward
 
 
-def test_an_answer_s_tokens_end_where_the_full_stop_begins(data_dir: Path) -> None:
+def test_the_full_stop_is_a_token_of_its_own_behind_every_answer(data_dir: Path) -> None:
     tokenizer = load_tokenizer("neox", data_dir)
     for pair in get_reversal_pairs():
         for text, answer in ((pair.forward, pair.forward_answer), (pair.backward, pair.backward_answer)):
-            ids, (start, end) = tokenizer.encode(text), evaluation.answer_span(tokenizer, text, answer)
-            parts = (ids[:start], ids[start:end], ids[end:])
-            assert [tokenizer.decode(part) for part in parts] == [text[: -len(answer) - 2], f" {answer}", "."]
+            ids, start = tokenizer.encode(text), len(tokenizer.encode(text[: -len(answer) - 2]))
+            assert [tokenizer.decode(part) for part in (ids[start:-1], ids[-1:])] == [f" {answer}", "."]
 
 
 # -------------------------------------------------------------------------------------------------------- contexts
@@ -281,7 +290,9 @@ def test_a_block_that_failed_in_training_shows_it_from_phase_1_to_the_report(
     steps = ["--max_iters=1", "--block_size=32", "--eval_iters=1", f"--init_from={tmp_path / 'one'}"]
     score = ["--tasks=val", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--device=cpu"]
     evaluate_val, pairs = evaluation.evaluate_val, get_reversal_pairs()[:2]  # as little as possible of what is slow
-    monkeypatch.setattr(evaluation, "evaluate_val", lambda m, tokens, *more: evaluate_val(m, tokens[:100], *more))
+    monkeypatch.setattr(
+        evaluation, "evaluate_val", lambda m, val, *more: evaluate_val(m, replace(val, tokens=val.tokens[:100]), *more)
+    )
     monkeypatch.setattr(evaluation, "evaluate_long", lambda *arguments: {})
     monkeypatch.setattr(evaluation, "get_reversal_pairs", lambda: pairs)
     for config, folder, more in (("phase1", "one", settled), ("phase2", "two", steps)):

@@ -17,7 +17,6 @@ from kit.report import format_comparison
 from kit.tokens import TokenFile, load_tokens
 
 BLOCK = 32
-CPU = torch.device("cpu")
 
 
 def randomise(model: Any) -> Any:
@@ -61,10 +60,10 @@ def plain_ppl(model: Any, documents: list[np.ndarray], carried: bool) -> list[fl
 def test_ppl_per_window_equals_a_loop_over_the_documents(name: str, data_dir: Path) -> None:
     data, model = load_tokens(data_dir / "own", "val"), make_model(name)
     documents = [document for document in split_documents(data) if len(document) > 2 * BLOCK]
-    results = evaluation.evaluate_long(model, data, BLOCK, 3, CPU)
+    results = evaluation.evaluate_long(model, data, BLOCK, 3)
     lengths = [min(len(document) - 1, evaluation.LONG_WINDOWS * BLOCK) for document in documents]
-    assert results["long_documents"]["1"] == results["long_documents"]["after 1"] == len(documents)
-    assert results["long_documents"]["8"] == sum(length > 7 * BLOCK for length in lengths) < len(documents)
+    assert results["long_documents"] == len(documents)
+    assert results["long_tokens"]["8"] == sum(max(0, length - 7 * BLOCK) for length in lengths) < BLOCK * len(documents)
     assert results["long_tokens"]["after 1"] == sum(lengths) - len(documents) * BLOCK
     carried = list(results["long_ppl"].values())
     assert carried == pytest.approx(plain_ppl(model, documents, carried=name == "infini"), rel=1e-4)
@@ -80,21 +79,14 @@ def test_a_document_that_just_fills_two_windows_is_long(data_dir: Path) -> None:
     data = load_tokens(data_dir / "own", "val")
     lengths = [len(document) - 1 for document in split_documents(data)]
     longest = max(length for length in lengths if length % 2 == 0)
-    documents = evaluation.long_documents(data, longest // 2)
-    assert len(documents) == sum(length >= longest for length in lengths)
-
-
-def test_a_memory_that_is_not_read_makes_no_difference(data_dir: Path) -> None:
-    model = make_model("infini")
-    torch.nn.init.zeros_(model.layers[0].attention.W_O.weight)
-    results = evaluation.evaluate_long(model, load_tokens(data_dir / "own", "val"), BLOCK, 3, CPU)
-    assert results["long_ppl"] == results["long_ppl_reset"]
+    results = evaluation.evaluate_long(make_model("pythia"), data, longest // 2, 3)
+    assert results["long_documents"] == sum(length >= longest for length in lengths)
 
 
 def test_where_nothing_fits_nothing_is_measured(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = load_tokens(data_dir / "own", "val")
-    assert evaluation.evaluate_long(make_model("pythia"), data, len(data.tokens), 3, CPU) == {}
-    assert evaluation.evaluate_long(make_model("infini"), data, 20, 3, CPU) == {}
+    assert evaluation.evaluate_long(make_model("pythia"), data, len(data.tokens), 3) == {}
+    assert evaluation.evaluate_long(make_model("infini"), data, 20, 3) == {}
     assert "windows of 20 end within a segment" in capsys.readouterr().err
 
 
@@ -105,9 +97,10 @@ def test_the_figures_reach_summary_and_comparison(
     words += ["--gradient_accumulation_steps=1", "--max_iters=1", "--eval_iters=1", "--dataset=own", "--device=cpu"]
     run_training(*words, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert re.search(rf"PPL after window 1 +{summary['long_ppl']['after 1']:.1f}\n", capsys.readouterr().out)
-    lines = format_comparison([{"run": "out/it", **summary}]).splitlines()
-    header = next(i for i, line in enumerate(lines) if line.startswith("long documents"))
-    rows = [line.split("  ") for line in lines[header + 2 : header + 6]]
-    assert [row[0] or row[1] for row in rows] == ["it", "memory reset before each window", "documents", "tokens"]
+    assert re.search(rf"memory reset +\| +{summary['long_ppl_reset']['after 1']:.1f} ", capsys.readouterr().out)
+    run = {"run": "out/it", "data": {"train_sha256": ""}, **summary}
+    page = format_comparison({"data": "own", "block_size": 32, "runs": [run]})
+    lines = page.split("## Long documents")[1].splitlines()[4:7]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows] == ["it", "it, memory reset", "tokens"]
     assert [row[-1] for row in rows[:2]] == [f"{summary[key]['after 1']:.1f}" for key in ("long_ppl", "long_ppl_reset")]

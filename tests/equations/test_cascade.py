@@ -15,22 +15,19 @@ from pythia_base import PythiaConfig, PythiaModel
 
 MODES: Any = {name: config for name, config in CONFIGS.items() if isinstance(config, CascadeConfig)}
 SMALL = replace(MODES["cascade"], vocab_size=61, hidden_size=10, context_dim=7)
-every_mode = pytest.mark.parametrize("name", MODES)
 
 
-@every_mode
 @torch.no_grad()
-def test_all_blocks_at_once_are_each_block_alone(name: str) -> None:
+def test_the_blocks_contexts_stand_side_by_side() -> None:
     """Whole, and continued; in float32 under autocast, where rounding would add up from token to token."""
-    model, idx = make_model(name), make_tokens(2, 23)
+    model, idx = make_model("cascade"), make_tokens(2, 23)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model.recurrences(idx, None)
-    assert torch.equal(rough, model.recurrences(idx, None))
-    model = model.double()
     together, halfway = model.recurrences(idx, None), model.recurrences(idx[:, :9], None)[:, -1]
+    assert torch.equal(rough, together)
     alone = [block.recurrence(model.embed_in(idx), None) for block in model.context_blocks]
-    torch.testing.assert_close(together, torch.cat(alone, dim=-1), atol=1e-12, rtol=0)
-    torch.testing.assert_close(model.recurrences(idx[:, 9:], halfway), together[:, 9:], atol=1e-12, rtol=0)
+    assert torch.equal(together, torch.cat(alone, dim=-1))
+    torch.testing.assert_close(model.recurrences(idx[:, 9:], halfway), together[:, 9:], atol=1e-5, rtol=0)
 
 
 def test_positions_are_independent_given_their_contexts() -> None:
@@ -71,8 +68,7 @@ def test_initialisation() -> None:
         assert linear.bias.std().item() == pytest.approx(0.01, rel=0.1)
     for table in (model.embed_in, model.embed_token, model.embed_out):
         assert table.weight.std().item() == pytest.approx((2 / (5 * 768)) ** 0.5, rel=0.02)
-    first, second = model.context_blocks
-    assert not torch.equal(first.linears[0].weight, second.linears[0].weight)
+    assert not torch.equal(*(block.linears[0].weight for block in model.context_blocks))
 
 
 @pytest.mark.parametrize(
@@ -97,29 +93,14 @@ def test_what_phase_2_trains(name: str, trained: set[str]) -> None:
     assert torch.equal(model.recurrences(idx, None), contexts), "the cached contexts went stale"
 
 
-def test_a_frozen_table_is_trained_in_no_phase() -> None:
-    """But a copy of it that is to be trained is."""
-    for name in MODES:
-        model = make_model(name)
-        assert model.embed_in.weight.requires_grad != model.config.freeze_embedding
-        assert model.token_weight.requires_grad != model.config.freeze_embedding
-
-
 def test_a_trained_copy_starts_as_the_table_of_phase_1() -> None:
-    phase1, phase2 = (
-        make_model("cascade-one-block"),
-        CascadeContextLLM(replace(MODES["cascade-one-block"], freeze_embedding=False)),
-    )
-    report = phase2.start_from(phase1)
+    """Or of a baseline, of which it takes the table alone."""
+    phase1, config = make_model("cascade-one-block"), replace(MODES["cascade-one-block"], freeze_embedding=False)
+    phase2, later = CascadeContextLLM(config), CascadeContextLLM(config)
+    report = phase2.start_from(PythiaModel(PythiaConfig(vocab_size=97, hidden_size=32, num_heads=4)))
+    assert [name for name, how in report.items() if how != "new"] == ["embed_in.weight", "embed_token.weight"]
+    assert phase2.start_from(phase1)["embed_token.weight"] == "converted"
     assert torch.equal(phase2.embed_token.weight, phase1.embed_in.weight)
-    assert report["embed_token.weight"] == "converted"
     phase2.embed_token.weight.data.add_(1)
-    later = CascadeContextLLM(phase2.config)
     assert later.start_from(phase2)["embed_token.weight"] == "copied"
     assert torch.equal(later.embed_token.weight, phase2.embed_token.weight)
-
-
-def test_of_a_baseline_it_takes_the_table_alone() -> None:
-    baseline = PythiaModel(PythiaConfig(vocab_size=61, hidden_size=10, num_heads=1, intermediate_size=8, rotary_pct=0))
-    report = CascadeContextLLM(SMALL).start_from(baseline)
-    assert [name for name, how in report.items() if how != "new"] == ["embed_in.weight"]

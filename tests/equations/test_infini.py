@@ -2,28 +2,16 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, make_tokens, randomise
+from conftest import SMALL, make_tokens, randomise
 from test_models import CONFIGS
 from torch import Tensor
 
-from configurator import parse_train
-from model_infini import (
-    InfiniAttention,
-    InfiniConfig,
-    InfiniPythiaModel,
-    Memory,
-    MemoryCache,
-    phi,
-    reference_memory,
-    retrieve,
-)
+from model_infini import InfiniAttention, InfiniConfig, InfiniPythiaModel, Memory, phi, reference_memory, retrieve
 from pythia_base import PythiaConfig, PythiaModel, SelfAttention
-from train import PHASES
 
 S, C, H, D = 4, 32, 4, 8
 MODES: Any = {name: config for name, config in CONFIGS.items() if isinstance(config, InfiniConfig)}
@@ -52,8 +40,6 @@ def test_output_and_gradients_are_those_of_the_plain_loop(mode: str) -> None:
     exact, x64 = copy.deepcopy(attention).double(), x.detach().double().requires_grad_()
     out, expected = attention(x, 0, None)[0], reference_memory(exact, x64[0])
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=0)
-    for T in (1, S - 1, S, S + 1, 2 * S - 1, 2 * S, 2 * S + 1):
-        torch.testing.assert_close(attention(x[:, :T], 0, None)[0], out[:T], atol=1e-5, rtol=0)
     direction = torch.randn(out.shape)
     gradients = torch.autograd.grad((out * direction).sum(), [x, *attention.parameters()])
     exactly = torch.autograd.grad((expected * direction).sum(), [x64, *exact.parameters()])
@@ -61,31 +47,16 @@ def test_output_and_gradients_are_those_of_the_plain_loop(mode: str) -> None:
 
 
 @every_mode
-def test_two_chunks_equal_one_wherever_the_cut_is(mode: str) -> None:
-    attention, T = make_attention(mode), 4 * S + 1
-    x = make_input(2, T)
-    full = attention(x, 0, None)
-    for cut in range(1, T):
-        cache = attention.init_cache(batch_size=2, max_len=T)
-        chunks = [attention(x[:, :cut], 0, cache), attention(x[:, cut:], cut, cache)]
-        torch.testing.assert_close(torch.cat(chunks, dim=1), full, atol=1e-4, rtol=0)
-
-
-@every_mode
-def test_an_empty_memory_reads_0_and_its_gradient_is_finite(mode: str) -> None:
+def test_a_normaliser_of_0_reads_0_and_its_gradient_is_finite(mode: str) -> None:
+    """An empty memory's; and a full one's for features that underflow, phi(-100) in float32."""
     attention, x = make_attention(mode), make_input(2, S).requires_grad_()
     out = attention(x, 0, None)
     assert not out.any()
-    out.sum().backward()
-    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in (x, attention.W_Q.weight))
-
-
-def test_features_that_underflow_read_0_and_have_a_finite_gradient() -> None:
-    """phi(-100) is 0 in float32: a full memory's normaliser is 0 for such a query too."""
-    x = torch.full((1, 1, 3), -100.0, requires_grad=True)
-    A, _ = retrieve(phi(x), torch.ones(1, 3, 4))
+    gradients = torch.autograd.grad(out.sum(), [x, attention.W_Q.weight])
+    low = torch.full((1, 1, 3), -100.0, requires_grad=True)
+    A, _ = retrieve(phi(low), torch.ones(1, 3, 4))
     assert not A.any()
-    assert torch.autograd.grad(A.sum(), x)[0].isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in [*gradients, *torch.autograd.grad(A.sum(), low)])
 
 
 @every_mode
@@ -134,32 +105,20 @@ def test_banks_start_with_equal_shares() -> None:
     torch.testing.assert_close(read_back(attention, ones, ones, 4)[:, -1], expected)
 
 
-# --------------------------------------------------------------------------------------------------------- precision
-
-
 @pytest.mark.parametrize("mode", ["infini", "infini-banks", "infini-multi-alibi"])
 def test_under_bf16_autocast_the_memory_is_float32(mode: str) -> None:
     """It is what float32 arithmetic makes of the bfloat16 queries, keys and values."""
     attention, x = make_attention(mode), make_input(2, 5 * S + 1)
-    projected: list[Tensor] = []
-    for W in (attention.W_Q, attention.W_K, attention.W_V):
-        W.register_forward_hook(lambda module, inputs, output: projected.append(output))
-    cache = attention.init_cache(batch_size=2, max_len=x.size(1))
+    cache, expected = attention.init_cache(batch_size=2, max_len=x.size(1)), Memory(2, attention.config, like=x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attention(x, 0, cache)
-    assert out.dtype == projected[0].dtype == torch.bfloat16
-    q, k, v = (y.float().unflatten(-1, (H, -1)).transpose(1, 2) for y in projected)
-    expected = Memory(2, attention.config, like=x)
+        assert attention(x, 0, cache).dtype == torch.bfloat16
+        projected = [W(x).float() for W in (attention.W_Q, attention.W_K, attention.W_V)]
+    q, k, v = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in projected)
     attention.attend(phi(q), phi(k), v, 0, expected)
+    torch.testing.assert_close(vars(cache), vars(expected), atol=1e-6, rtol=1e-6)  # dtypes as well
+    cache = attention.bfloat16().init_cache(batch_size=2, max_len=x.size(1))  # nor does the model's dtype matter
+    assert attention(x.bfloat16(), 0, cache).dtype == torch.bfloat16
     assert cache.Mz.dtype == cache.pending.dtype == torch.float32
-    torch.testing.assert_close(vars(cache), vars(expected), atol=1e-6, rtol=1e-6)
-
-
-def test_in_a_bf16_model_the_memory_is_float32() -> None:
-    attention = make_attention("infini-alibi").to(torch.bfloat16)
-    cache = attention.init_cache(batch_size=1, max_len=2 * S)
-    assert attention(make_input(1, 2 * S).bfloat16(), 0, cache).dtype == torch.bfloat16
-    assert cache.Mz.dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------- documents, window by window
@@ -179,24 +138,13 @@ def test_windows_with_a_carried_memory_equal_one_pass_of_layer_0(mode: str) -> N
 
 
 def test_the_layers_above_see_their_window_alone() -> None:
+    """With an emptied memory the same window gives the same logits, wherever it stands in its document."""
     model, idx = make_model("infini"), make_tokens(1, 2 * S)
     memory = model.init_memory(batch_size=1)
-    model(idx, memory=memory)
-    memory.reset(torch.tensor([True]))
+    carried = [model(idx, memory=memory)[0], model(idx, memory=memory)[0]]
+    memory.load_state_dict(model.init_memory(batch_size=1).state_dict())
     torch.testing.assert_close(model(idx, memory=memory)[0], model(idx)[0])
-
-
-@every_mode
-def test_rows_may_be_at_different_points_of_their_documents(mode: str) -> None:
-    """Row 1 begins a new document after a window of 3 segments: another turn of banks and memories than row 0's."""
-    model, idx = make_model(mode, num_layers=1), make_tokens(2, 9 * S)
-    memory = model.init_memory(batch_size=2)
-    first = model(idx[:, : 3 * S], memory=memory)[0]
-    memory.reset(torch.tensor([False, True]))
-    rest = [model(window, memory=memory)[0] for window in idx[:, 3 * S :].split(3 * S, dim=1)]
-    logits = torch.cat([first, *rest], dim=1)
-    torch.testing.assert_close(logits[0], model(idx[:1])[0][0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits[1, 3 * S :], model(idx[1:, 3 * S :])[0][0], atol=1e-4, rtol=0)
+    assert (carried[1] - carried[0]).abs().max() > 1e-3
 
 
 @every_mode
@@ -214,40 +162,18 @@ def test_consecutive_windows_train_with_a_detached_memory_and_only_so(mode: str)
 
 
 @every_mode
-def test_a_carried_memory_is_resumed_exactly(mode: str, tmp_path: Path) -> None:
+def test_a_carried_memory_is_resumed_exactly(mode: str) -> None:
+    """And a window that ends within a segment is refused."""
     model, idx = make_model(mode), make_tokens(2, 3 * S)
     memory, resumed = model.init_memory(batch_size=2), model.init_memory(batch_size=2)
     model(idx, memory=memory)
-    torch.save(memory.state_dict(), tmp_path / "memory.pt")
-    resumed.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
+    resumed.load_state_dict(copy.deepcopy(memory.state_dict()))
     assert torch.equal(model(idx, memory=memory)[0], model(idx, memory=resumed)[0])
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    model = make_model("infini")
     with pytest.raises(ValueError, match="multiple of segment_len=4"):
-        model(make_tokens(1, S + 1), memory=model.init_memory(batch_size=1))
-    with pytest.raises(ValueError, match="either cache or memory"):
-        model(make_tokens(1, S), cache=model.init_cache(1, S), memory=model.init_memory(1))
+        model(idx[:, : S + 1], memory=memory)
 
 
 # ------------------------------------------------------------------------------------------- settings and weights
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("infini", {}),
-        ("infini_banks2", {"num_memory_banks": 2, "segments_per_bank": 4}),
-        ("infini_alibi", {"use_alibi": True}),
-        ("infini_alibi2", {"use_alibi": True, "alibi_scale": 2.0}),
-        ("infini_multi4", {"num_memories": 4}),
-        ("infini_multi8", {"num_memories": 8}),
-    ],
-)
-def test_configs(name: str, changes: dict[str, Any]) -> None:
-    job = parse_train([str(ROOT / "config" / f"{name}.py")], PHASES)
-    assert job.model_config == InfiniConfig(segment_len=32, **changes)
 
 
 def test_layer_0_starts_from_a_baselines_projections() -> None:
@@ -255,7 +181,7 @@ def test_layer_0_starts_from_a_baselines_projections() -> None:
     baseline: Any = randomise(PythiaModel(PythiaConfig(**SMALL)))
     model: Any = InfiniPythiaModel(make_config("infini"))
     assert [type(attention) for attention in model.attentions()] == [InfiniAttention, SelfAttention, SelfAttention]
-    assert isinstance(model.init_cache(1, 8).layers[0], MemoryCache)
+    assert isinstance(model.init_cache(1, 8).layers[0], Memory)
     report = model.start_from(baseline)
     theirs, mine = baseline.layers[0], model.layers[0]
     q, k, v = theirs.attention.query_key_value.weight.unflatten(0, (H, 3, -1)).unbind(1)

@@ -17,14 +17,7 @@ import pythia_base
 from kit.files import InputError
 from model_infini import InfiniConfig, InfiniPythiaModel
 from model_mla import MLAConfig, MLAPythiaModel
-from pythia_base import (
-    Cache,
-    PythiaConfig,
-    PythiaModel,
-    draw_token,
-    rotate,
-    stream_tokens,
-)
+from pythia_base import Cache, PythiaConfig, PythiaModel, draw_token, rotate, stream_tokens
 from train import make_optimizer
 
 RELEASED: dict[str, Any] = {  # config.json of EleutherAI/pythia-70m
@@ -86,54 +79,34 @@ def test_what_is_saved_is_read_by_transformers_and_here_exactly(shape: dict[str,
     torch.testing.assert_close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
 
 
-def released_state(theirs: Any) -> dict[str, Tensor]:
-    """The tensors of a released checkpoint: float16, the head's old name, and each layer's old buffers."""
+def save_released(theirs: Any, shape: dict[str, Any], folder: Path) -> None:
+    """As Pythia was released: float16, the head's old name, and each layer's old buffers, in a pickle."""
     state = {name.replace("lm_head", "embed_out"): tensor.half() for name, tensor in theirs.state_dict().items()}
     for i in range(theirs.config.num_hidden_layers):
         attention = f"gpt_neox.layers.{i}.attention"
         state[f"{attention}.bias"] = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
         state[f"{attention}.masked_bias"] = torch.tensor(-1e4).half()
         state[f"{attention}.rotary_emb.inv_freq"] = torch.full((2,), 123.0).half()
-    return state
-
-
-def save_released(theirs: Any, shape: dict[str, Any], folder: Path, parts: int = 1) -> None:
     (folder / "config.json").write_text(json.dumps(shape))
-    state = released_state(theirs)
-    if parts == 1:
-        return torch.save(state, folder / "pytorch_model.bin")
-    names = {name: f"pytorch_model-{i % parts + 1:05}-of-{parts:05}.bin" for i, name in enumerate(sorted(state))}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    for file in set(names.values()):
-        torch.save({name: state[name] for name, where in names.items() if where == file}, folder / file)
-    return None
+    torch.save(state, folder / "pytorch_model.bin")
 
 
-LAYOUTS: dict[str, Callable[[Any, dict[str, Any], Path], Any]] = {
-    "released": save_released,
-    "released-shards": lambda theirs, shape, folder: save_released(theirs, shape, folder, parts=3),
-    "new": lambda theirs, _, folder: theirs.save_pretrained(folder),
-    "new-shards": lambda theirs, _, folder: theirs.save_pretrained(folder, max_shard_size="100KB"),
-}
+def save_new(theirs: Any, shape: dict[str, Any], folder: Path) -> None:
+    """As transformers writes it now: another spelling of config.json, and safetensors, here in several files."""
+    theirs.save_pretrained(folder, max_shard_size="100KB")
+    assert len([*folder.glob("*.safetensors")]) > 1
 
 
 @every_shape
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_transformers_is_read_here(layout: str, shape: dict[str, Any], tmp_path: Path) -> None:
-    """config.json in the released and in the new spelling, pickles and safetensors, in one file and in several."""
+@pytest.mark.parametrize("save", [save_released, save_new])
+def test_every_layout_of_transformers_is_read_here(
+    save: Callable[..., None], shape: dict[str, Any], tmp_path: Path
+) -> None:
     theirs = in_half(GPTNeoXForCausalLM(GPTNeoXConfig(**shape)))
-    LAYOUTS[layout](theirs, shape, tmp_path)
-    assert ("shards" in layout) == (len([*tmp_path.glob("*.bin"), *tmp_path.glob("*.safetensors")]) > 1)
+    save(theirs, shape, tmp_path)
     ours = PythiaModel.from_pretrained(str(tmp_path))
     assert ours.config == config_of(shape)
     assert_same_model(ours, theirs)
-
-
-def test_a_variant_does_not_pass_itself_off_as_gpt_neox(tmp_path: Path) -> None:
-    variant = MLAPythiaModel(MLAConfig(vocab_size=9, hidden_size=8, num_heads=1, kv_dim=4))
-    with pytest.raises(TypeError, match="MLAPythiaModel is not GPT-NeoX"):
-        variant.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -152,22 +125,16 @@ def malicious_pickle(folder: Path) -> None:
 def code_of_its_own(folder: Path) -> None:
     """A config.json that asks for Python beside it."""
     edit_config(model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})(folder)
-    (folder / "own.py").write_text(
-        f"import os\nfrom transformers import PretrainedConfig\nos.mkdir({str(folder / 'executed')!r})\n"
-        "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
-    )
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(folder / 'executed')!r})\nclass OwnConfig:\n    pass\n")
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {  # what else a folder can hold is in tests/damage
     "nothing": (shutil.rmtree, "give a folder with config.json"),
     "another-architecture": (edit_config(model_type="llama"), "model_type='llama'"),
     "another-activation": (edit_config(hidden_act="relu"), "hidden_act='relu'; Pythia has 'gelu'"),
-    "sequential-residual": (edit_config(use_parallel_residual=False), "use_parallel_residual=False"),
-    "tied": (edit_config(tie_word_embeddings=True), "tie_word_embeddings=True"),
     "no-biases": (edit_config(attention_bias=False), "attention_bias=False"),
     "old-scaled-rope": (edit_config(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
     "new-scaled-rope": (edit_config(rope_parameters={"rope_type": "linear", "factor": 2.0}), "linear"),
-    "odd-rotary": (edit_config(rotary_pct=0.2), "3 dimensions"),
     "another-depth": (edit_config(num_hidden_layers=7), "do not fit config.json.*layers.6"),
     "malicious-pickle": (malicious_pickle, "cannot be read as gpt_neox"),
     "code-of-its-own": (code_of_its_own, "cannot be read as gpt_neox"),
@@ -218,18 +185,16 @@ def test_a_bfloat16_model_keeps_its_angles_and_slopes_in_float32(monkeypatch: py
 LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.5, 0.0, 2.0]])
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(("top_k", "kept"), [(None, range(6)), (99, range(6)), (3, (1, 3, 5)), (1, (1,))])
-def test_tokens_are_drawn_by_temperature_from_the_top_k(
-    temperature: float, top_k: int | None, kept: tuple[int, ...]
-) -> None:
+def test_tokens_are_drawn_by_temperature_from_the_top_k(top_k: int | None, kept: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    drawn = draw_token(LOGITS.expand(20_000, -1), temperature, top_k)
-    expected = torch.zeros(6)
-    expected[list(kept)] = (LOGITS[0, list(kept)] / temperature).softmax(dim=0)
-    frequencies = drawn.flatten().bincount(minlength=6) / len(drawn)
-    assert not frequencies[expected == 0].any()
-    torch.testing.assert_close(frequencies, expected, atol=0.015, rtol=0)
+    for temperature in (0.5, 2.0):
+        drawn = draw_token(LOGITS.expand(20_000, -1), temperature, top_k)
+        expected = torch.zeros(6)
+        expected[list(kept)] = (LOGITS[0, list(kept)] / temperature).softmax(dim=0)
+        frequencies = drawn.flatten().bincount(minlength=6) / len(drawn)
+        assert not frequencies[expected == 0].any()
+        torch.testing.assert_close(frequencies, expected, atol=0.015, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
@@ -248,11 +213,8 @@ def test_a_prompt_longer_than_a_prefill_chunk_decodes_the_same(monkeypatch: pyte
     expected = model.generate(idx, max_new_tokens=5, temperature=0.0)
     monkeypatch.setattr(pythia_base, "PREFILL_TOKENS", 7)
     assert torch.equal(model.generate(idx, max_new_tokens=5, temperature=0.0), expected)
-
-
-def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="empty prompt"):
-        make_pythia().generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=1, temperature=0.0)
+        model.generate(idx[:, :0], max_new_tokens=1, temperature=0.0)
 
 
 def test_only_trained_matrices_decay() -> None:

@@ -1,0 +1,166 @@
+"""A model leaves the project: a folder that transformers loads where this project is not."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, checkpoint_of, randomise
+
+import tools.export
+from configurator import MODELS
+from kit.export import export_model
+from kit.files import run
+
+WIDTHS: dict[str, Any] = {"vocab_size": 50_304, "hidden_size": 32, "num_layers": 3, "num_heads": 4}
+WIDTHS |= {"intermediate_size": 48, "context_dim": 12, "kv_dim": 12, "segment_len": 8, "num_memory_banks": 2}
+WIDTHS |= {"context_interval": 4, "max_contexts": 3}
+
+# runs in an environment of its own: prints what it found, for the test to judge
+LOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+found = {}
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    expected = torch.load(folder + "/expected.pt")
+    idx, mask = expected["idx"], torch.ones_like(expected["idx"])
+    options = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        figures = {"class": type(model).__name__, "ids": tokenizer("Hello world").input_ids}
+        figures["off"] = (model(idx).logits - expected["logits"]).abs().max().item()
+        figures["greedy"] = torch.equal(model.generate(idx, max_new_tokens=64, **options), expected["text"])
+        options |= {"max_new_tokens": 9, "num_beams": 3}
+        figures["beams"] = torch.equal(model.generate(idx, **options), model.generate(idx, use_cache=False, **options))
+        figures["loss"] = model(idx, labels=idx).loss.item()
+        for name, inputs in {"padded": {"attention_mask": 1 - mask.tril()}, "unknown": {"inputs_embeds": mask}}.items():
+            try:
+                model(idx, **inputs)
+                figures[name] = ""
+            except ValueError as error:
+                figures[name] = str(error)
+    found[folder] = figures
+print(json.dumps(found))
+"""
+
+
+def narrow(name: str) -> Any:
+    config_class, model_class = MODELS[name]
+    widths = {field.name: WIDTHS[field.name] for field in fields(config_class) if field.name in WIDTHS}
+    return randomise(model_class(config_class(**widths)))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each architecture, with what the model gives for two rows of tokens."""
+    folders = {}
+    for name in MODELS:
+        model, folder = narrow(name), tmp_path_factory.mktemp("exported") / name
+        export_model(model, "neox", str(ROOT / "data"), folder)
+        idx = torch.randint(50_277, (2, 40), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            logits = model(idx)[0]
+        text = model.generate(idx, 64, temperature=0.0)
+        torch.save({"idx": idx, "logits": logits, "text": text}, folder / "expected.pt")
+        folders[name] = folder
+    return folders
+
+
+def test_a_model_is_the_same_where_the_project_is_not(
+    exported: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    version, path = request.config.getoption("--transformers"), tmp_path / "packages"
+    if version:
+        install = [sys.executable, "-m", "pip", "install", "--quiet", f"--target={path}", f"transformers=={version}"]
+        subprocess.run(install, check=True)
+    command = [sys.executable, "-P", "-c", LOAD, *map(str, exported.values())]
+    environment = {**os.environ, "PYTHONPATH": str(path), "HF_HOME": str(tmp_path / "home")}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    for name, folder in exported.items():
+        figures = found[str(folder)]
+        assert figures["class"] == ("GPTNeoXForCausalLM" if name == "pythia" else "ExportedModel")
+        assert figures["off"] < 1e-5
+        assert figures["ids"] == [12092, 1533]
+        assert figures["greedy"]
+        assert figures["beams"]
+        expected = torch.load(folder / "expected.pt")
+        logits, idx = expected["logits"], expected["idx"]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+        assert figures["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        if name != "pythia":
+            assert "padding" in figures["padded"]
+            assert "inputs_embeds" in figures["unknown"]
+
+
+def export(*words: str | Path) -> None:
+    """python -m tools.export with these words, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tools/export.py", *map(str, words)])
+        run(tools.export.main)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run of MLA, as train.py leaves one."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save(checkpoint_of("mla", narrow("mla"), commit="0123abcd"), folder / "ckpt.pt")
+    (folder / "summary.json").write_text(json.dumps({"val_ppl": 123.4, "val_accuracy": 0.256}))
+    return folder
+
+
+def test_a_run_becomes_a_folder_with_a_card(run_folder: Path, tmp_path: Path) -> None:
+    export(run_folder, tmp_path / "new" / "mla", f"--data_dir={ROOT / 'data'}")
+    card = (tmp_path / "new" / "mla" / "README.md").read_text()
+    for fact in ("123.4", "25.6%", "0123abcd", "96 tokens of own", "trust_remote_code=True", "cache B/token"):
+        assert fact in card
+    assert (tmp_path / "new" / "mla" / "model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mla"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["run"], "a run and a new folder"),
+        (["run", "full"], "full"),
+        (["run", "full/thesis.tex"], "thesis.tex"),
+        (["empty", "new"], "empty"),
+        (["run", "new", "--push_to_hubs=me/it"], "push_to_hub"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    words: list[str], named: str, run_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for folder in ("full", "empty"):
+        Path(folder).mkdir()
+    Path("full/thesis.tex").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        export(*words)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert named in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_push_that_fails_leaves_the_folder(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as ended:
+        export(run_folder, tmp_path / "mla", "--push_to_hub=me/mla", f"--data_dir={ROOT / 'data'}")
+    assert ended.value.code == 2
+    assert "me/mla" in capsys.readouterr().err
+    assert (tmp_path / "mla" / "README.md").is_file()

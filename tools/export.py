@@ -1,0 +1,92 @@
+"""A trained run as a folder that transformers and lm-evaluation-harness load, on a machine without this project.
+
+    python -m tools.export out/mla_kv128-laptop exported/mla_kv128 --push_to_hub=you/mla-kv128
+
+The folder has the weights, the tokenizer, a model card and, but for the baseline, the code of the model.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configurator import load_source, parse_settings
+from eval import count_parameters, evaluate_cache
+from kit.export import export_model
+from kit.files import InputError, make_folder, one_line, run
+from kit.report import format_summary
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """tools/export.py"""
+
+    push_to_hub: str | None = None  # upload the folder as well, as this repository of yours
+    data_dir: str = "data"  # where the tokenizer is kept
+
+
+def model_card(name: str, model: Any, checkpoint: dict[str, Any] | None, figures: dict[str, Any], where: str) -> str:
+    """What a reader of the folder has to know: what it is, what it was trained on, its figures, how to load it."""
+    origin = "Its weights are Hugging Face's."
+    if checkpoint:
+        seen, config = checkpoint["tokens_seen"], checkpoint["config"]
+        origin = f"Trained on {seen:,} tokens of {config['dataset']} by commit {checkpoint['commit'] or 'not known'}"
+        origin += f" in windows of {config['block_size']} tokens." if "block_size" in config else ", phase 1 alone."
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+{str(type(model).__doc__).splitlines()[0]} One of several ways to shrink Pythia's KV cache; its code is in this folder.
+
+{origin} Measured in float32:
+
+{format_summary(figures)}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{where}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{where}", trust_remote_code=True)
+ids = tokenizer("The history of", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True, top_k=50)[0]))
+```
+
+Prompts of a batch have to be equally long: padding on the left is refused.
+"""
+
+
+def main() -> None:
+    settings, arguments = parse_settings(ExportSettings, sys.argv[1:], takes="RUN FOLDER")
+    if len(arguments) != 2:
+        raise InputError("name a run and a new folder: python -m tools.export out/mla_kv128-laptop exported/mla_kv128")
+    source, folder = arguments[0], Path(arguments[1])
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{folder} holds something already: name a new folder, or remove it")
+    model, checkpoint = load_source(source)
+    summary = Path(source, "summary.json")
+    figures = json.loads(summary.read_text()) if summary.is_file() else {}
+    figures |= {"checkpoint": source, **count_parameters(model), **evaluate_cache(model)}
+    make_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
+        whole = Path(temporary, folder.name)
+        export_model(model, checkpoint["data"]["tokenizer"] if checkpoint else "neox", settings.data_dir, whole)
+        where = settings.push_to_hub or str(folder)
+        (whole / "README.md").write_text(model_card(folder.name, model, checkpoint, figures, where))
+        whole.replace(folder)
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    if settings.push_to_hub:
+        from huggingface_hub import create_repo, upload_folder
+
+        try:
+            create_repo(where, exist_ok=True)
+            print(upload_folder(repo_id=where, folder_path=folder))
+        except Exception as error:  # the client raises errors of several libraries
+            raise InputError(f"{folder} is whole, but {where} cannot be pushed: {one_line(error)[:200]}") from None
+
+
+if __name__ == "__main__":
+    run(main)
