@@ -17,6 +17,7 @@ from conftest import ROOT, TINY_LAYER, plain
 
 from configurator import parse_train
 from kit.runs import read_checkpoint
+from prep import PrepSettings, prepare
 from tools.compare import RECIPES, CompareSettings, Runs, plan, train_all
 from train import PHASES, LMSettings
 
@@ -29,7 +30,9 @@ def here(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(ROOT / "config", tmp_path / "config")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cache").symlink_to(data_dir / "cache")
-    shutil.copytree(data_dir / "own", tmp_path / "data" / "mini")
+    (tmp_path / "few.jsonl").write_text("".join(list((data_dir / "own.jsonl").open())[:80]))
+    few = prepare(PrepSettings(dataset="few", files=f"{tmp_path}/few.jsonl", data_dir=f"{tmp_path}/data"))
+    few.rename(tmp_path / "data" / "mini")
     (tmp_path / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=4))
     monkeypatch.chdir(tmp_path)
     return tmp_path

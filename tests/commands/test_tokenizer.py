@@ -77,7 +77,7 @@ HARD = {
 AROUND = ("{}", "a{}", "{}a", "a{}b", "1{}2", ".{}.", "\n{}x", "x{}\n", "\n{}\n", "\t{}\t", "a\n{}'s")
 CODES = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, sys.maxunicode + 1, 31)]
 TEXTS = {
-    "mini": lambda: [text for text, _ in mini_texts(DATA_DIR)],
+    "mini": lambda: [text for text, _ in mini_texts(DATA_DIR)][::3],
     "hard cases": lambda: list(HARD.values()),
     "runs of spaces": lambda: [around.format(" " * length) for around in AROUND for length in range(1, 61)],
     "vocabulary": lambda: [t for t in (b.decode(errors="replace") for b in neox().token_bytes) if "\ufffd" not in t],
@@ -88,7 +88,7 @@ TEXTS = {
 @pytest.mark.parametrize("kind", TEXTS)
 def test_ids_are_those_of_hugging_face(kind: str) -> None:
     texts = TEXTS[kind]()
-    assert len(texts) > {"hard cases": 10, "runs of spaces": 600}.get(kind, 10_000)
+    assert len(texts) > {"hard cases": 10, "runs of spaces": 600, "mini": 3_000}.get(kind, 10_000)
     compare(texts)
 
 

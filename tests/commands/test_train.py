@@ -627,7 +627,7 @@ def test_a_table_that_does_not_fit_is_refused(
         save_gpt2(folder)
     if source == "mpt":
         (folder / "config.json").write_text('{"model_type": "mpt"}')
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(train, "open_tokens", lambda *_: [load_tokens(data_dir / "few", s) for s in ("train", "val")])
     run = ("phase 1", "--num_heads=8") if source == "neox run" else ("cascade phase 1",)
     with pytest.raises(InputError, match=message):
