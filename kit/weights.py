@@ -26,6 +26,8 @@ def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> An
         import transformers
     except ImportError:
         raise InputError(f"{name_or_folder}: to read Hugging Face weights, pip install transformers") from None
+    if not (version := transformers.__version__).startswith("5."):
+        raise InputError(f"{name_or_folder}: transformers is {version}, 5.* is needed to read weights")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

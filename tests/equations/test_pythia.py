@@ -109,6 +109,12 @@ def test_every_layout_of_transformers_is_read_here(
     assert_same_model(ours, theirs)
 
 
+def test_another_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(InputError, match=r"transformers is 4\.57\.6, 5\.\* is needed"):
+        PythiaModel.from_pretrained(str(tmp_path))
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         file = folder / "config.json"
