@@ -160,17 +160,26 @@ def make(cls: type[S], values: dict[str, Any], divisor: int = 1) -> S:
 def check(key: str, value: Any, hint: Any) -> Any:
     """A value, read leniently if it was typed and strictly if not -> the setting's type. Raises InputError."""
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
+    checked, reason = None, ""
     try:
         if not isinstance(value, Text):
-            return adapter.validate_python(value, strict=not isinstance(value, list | tuple))
-        if value.lower() == "none" and NoneType in get_args(hint):
-            return None
-        if get_origin(hint) in (list, tuple):
-            return adapter.validate_json(value)
-        return adapter.validate_python(str(value))
+            checked = adapter.validate_python(value, strict=not isinstance(value, list | tuple))
+        elif value.lower() == "none" and NoneType in get_args(hint):
+            pass
+        elif get_origin(hint) in (list, tuple):
+            checked = adapter.validate_json(value)
+        else:
+            checked = adapter.validate_python(str(value))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise InputError(f"{key}={value!r:.80} has to be {reason}") from None
+    else:
+        if isinstance(checked, int) and abs(checked) >= 2**63:
+            reason = "below 2^63"
+        elif isinstance(checked, str) and re.search("[\0\ud800-\udfff]", checked):
+            reason = "of characters that a file name and a text can hold"
+    if reason:
+        raise InputError(f"{key}={value!r:.80} has to be {reason}")
+    return checked
 
 
 def print_help(usage: str, *classes: type) -> NoReturn:

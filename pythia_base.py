@@ -57,6 +57,9 @@ class PythiaConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        for name in ("layer_norm_eps", "rotary_base"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} has to be above 0")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
         R, D = self.rotary_size, self.head_size
@@ -277,8 +280,10 @@ class PythiaModel(LanguageModel):
         C, num_layers = self.config.hidden_size, self.config.num_layers
         wang_init_std = 2 / (num_layers * math.sqrt(C))  # 0.0147 at C = 512 (Wang and Komatsuzaki 2021, GPT-J)
         outputs = [name for name, _ in self.named_modules() if name.endswith(RESIDUAL_OUTPUTS)]
-        if len(outputs) < 2 * num_layers:
-            raise ValueError(f"a layer has to write to the residual stream by one of the names {RESIDUAL_OUTPUTS}")
+        for layer in range(num_layers):
+            if not any(name.startswith(f"layers.{layer}.attention.") for name in outputs):
+                names = " or ".join(RESIDUAL_OUTPUTS)
+                raise ValueError(f"layer {layer}: what writes to the residual stream has to be called {names}")
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=wang_init_std if name in outputs else small_init_std(C))

@@ -145,7 +145,12 @@ def window_error(model: Any, tokens: np.ndarray, overlap: int) -> float:
 
 
 def context_cache(model: Any, file: TokenFile, settings: ContextSettings) -> np.memmap:
-    """The contexts (number of tokens, E) of a token file, blocks side by side; made unless they lie beside it."""
+    """The contexts (number of tokens, E) of a token file, blocks side by side; made unless they lie beside it.
+
+    Raises InputError if a token has no embedding, or the contexts are not finite.
+    """
+    if file.meta["max_id"] >= model.embed_in.num_embeddings:
+        raise InputError(f"{file.path} holds token id {file.meta['max_id']}, which the model's embedding does not have")
     # all that the numbers depend on; wherever lanes are cut, they meet to the tolerance
     record: dict[str, Any] = {"weights": weights_digest(model), "tokens": file.digest}
     record |= {"overlap": settings.overlap, "tolerance": settings.tolerance}
@@ -179,8 +184,11 @@ def remove_stale(path: Path, record: dict[str, Any]) -> None:
     """Remove what nothing can ask for again: contexts of this split and run made before weights or tokens changed."""
     split = path.stem.rpartition("_")[2]
     for old in path.parent.glob(f"contexts_*_{split}.json"):
-        made = json.loads(old.read_text())
-        if made["source"] == record["source"] and any(made[key] != record[key] for key in ("weights", "tokens")):
+        try:
+            made = dict(json.loads(old.read_text()))
+        except (OSError, ValueError, TypeError):  # damaged, of whatever it was made
+            continue
+        if made.get("source") == record["source"] and any(made.get(k) != record[k] for k in ("weights", "tokens")):
             print(f"stale: {old.with_suffix('.bin')} is of other weights or tokens")
             old.with_suffix(".bin").unlink(missing_ok=True)
             old.unlink()

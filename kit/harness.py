@@ -38,7 +38,11 @@ class Harness:
             export_model(model, tokenizer, data_dir, Path(folder))
             theirs = {"pretrained": folder, "trust_remote_code": True, "max_length": block_size}
             options = {"batch_size": batch_size, "device": str(model.head_weight.device), "bootstrap_iters": 0}
-            results = simple_evaluate("hf", theirs, tasks=self.names, task_manager=self.manager, **options)
+            try:
+                results = simple_evaluate("hf", theirs, tasks=self.names, task_manager=self.manager, **options)
+            except Exception as error:  # of a task's templates and functions, which are run only now
+                what = f"{type(error).__name__}: {one_line(error)[:200]}"
+                raise InputError(f"{', '.join(self.names)} cannot be scored ({what})") from error
         figures["harness"] = {
             f"{task} {metric.removesuffix(',none')}": value
             for task, metrics in results["results"].items()

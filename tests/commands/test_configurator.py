@@ -239,3 +239,10 @@ def test_errors_of_the_user_end_in_a_line_and_a_status_others_are_not_hidden(
     shown = capsys.readouterr().err
     assert shown.startswith(line)
     assert shown.count("\n") == len(line.splitlines())
+
+
+@pytest.mark.parametrize("word", [f"--seed={2**63}", f"--vocab_size={10**30}", "--out_dir=a\ud800", "--dataset=a\0b"])
+def test_what_no_tensor_and_no_file_name_can_hold_is_refused(word: str) -> None:
+    key = word[2:].partition("=")[0]
+    with pytest.raises(InputError, match=f"^{key}=.* has to be (below|of characters)"):
+        parse_train(word)

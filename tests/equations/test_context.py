@@ -251,3 +251,8 @@ def test_context_layers_may_be_a_list_and_survive_a_checkpoint() -> None:
     for wrong in ("[]", "[6]", "[-1]"):
         with pytest.raises(InputError, match="context_layers"):
             parse_train(["--model=context_kv", f"--context_layers={wrong}"], PHASES)
+
+
+def test_an_unknown_initialisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="init='orthogonal' is not one of normal, xavier, kaiming"):
+        ContextPythiaModel(ContextPythiaConfig(**SMALL, context_dim=4, init="orthogonal"))  # type: ignore[arg-type]

@@ -198,14 +198,15 @@ class OwnAttention(Attention):
 
 
 def test_an_attention_of_one_s_own_is_initialised_alike() -> None:
-    def build_with(output: str) -> PythiaModel:
-        own: Any = type("OwnModel", (PythiaModel,), {"make_attention": lambda *_: OwnAttention(64, output)})
+    def build_with(*outputs: str) -> PythiaModel:
+        makes = {"make_attention": lambda _, layer: OwnAttention(64, outputs[layer % len(outputs)])}
+        own: Any = type("OwnModel", (PythiaModel,), makes)
         return own(PythiaConfig(**SMALL | {"hidden_size": 64, "num_layers": 10}))
 
     for output in ("dense", "W_O"):
         assert_initialised_alike(build_with(output))
-    with pytest.raises(ValueError, match="write to the residual stream by one of the names"):
-        build_with("out_proj")
+    with pytest.raises(ValueError, match="layer 1: what writes to the residual stream has to be called"):
+        build_with("dense", "out_proj")
 
 
 @pytest.mark.parametrize("config_class", [config_class for config_class, _ in MODELS.values()])
@@ -215,6 +216,9 @@ def test_numbers_out_of_range_are_refused(config_class: type) -> None:
         for value in {int: (0, -1), float: (-0.1, math.nan, math.inf)}.get(hint, ()) if name in settable else ():
             with pytest.raises(ValueError, match=f"^{name}={value} has to be at least"):
                 config_class(**{name: value})
+    for name in {"layer_norm_eps", "rotary_base"} & settable if issubclass(config_class, PythiaConfig) else ():
+        with pytest.raises(ValueError, match=f"^{name}=0.0 has to be above 0"):
+            config_class(**{name: 0.0})
 
 
 @pytest.mark.parametrize(
