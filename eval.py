@@ -2,6 +2,7 @@
 
     python eval.py out/pythia-laptop out/mla_kv128-laptop
     python eval.py out/pythia-laptop --tasks=val,wikitext,lambada_openai --include_path=tasks
+    python eval.py --verify                                   # EleutherAI/pythia-70m against published figures
 
 A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id. Every model is rebuilt from its
 checkpoint and scored in float32, from an empty state at the start of each window. The table is printed; out_dir gets
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -31,7 +32,7 @@ from kit.fast import safe_exp, score_tokens
 from kit.files import InputError, make_folder, run
 from kit.harness import find_tasks
 from kit.recall import recall_groups
-from kit.report import AFTER_FIRST, format_comparison, write_report
+from kit.report import AFTER_FIRST, format_comparison, format_table, write_report
 from kit.runs import pick_device
 from kit.text import ReversalPair, Tokenizer, get_reversal_pairs, load_tokenizer
 from kit.tokens import TokenFile, document_bounds, load_tokens
@@ -41,6 +42,12 @@ from pythia_base import stream_tokens
 
 TASKS = ("val", "reversal", "long", "cache", "speed")  # any other is one of lm-evaluation-harness
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
+PUBLISHED = {  # of EleutherAI/pythia-70m, zero-shot, with this harness
+    "lambada_openai acc": 0.1842,
+    "lambada_openai perplexity": 141.3,
+    "pile_10k word_perplexity": 130.6,
+    "pile_10k bits_per_byte": 1.0493,
+}
 CACHE_LENGTHS = (256, 2048, 8192)  # tokens at which caches are compared
 DECODE_TOKENS = 32  # tokens generated at each of these lengths to time it
 SPEED_REPEATS = 3
@@ -64,6 +71,8 @@ class EvalSettings:
     out_dir: str = "out/compare"  # where report.md, its pictures and results.json go
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
     allow_untrained: bool = False  # score a model that was never trained
+    verify: bool = False  # score EleutherAI/pythia-70m, or what is named, and compare with its published figures
+    tolerance: NonNegativeFloat = 0.01  # how far, relatively, --verify lets a figure be from the published one
 
 
 def padded(texts: Sequence[Any], multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -291,9 +300,21 @@ def about(source: str, model: Any, checkpoint: dict[str, Any] | None) -> Figures
     return row
 
 
+def is_as_published(figures: Figures, tolerance: float) -> bool:
+    """Whether all published figures were measured and found again; prints how far off they are."""
+    off = {name: figures[name] / published - 1 for name, published in PUBLISHED.items() if name in figures}
+    rows = [[name, f"{PUBLISHED[name]:g}", f"{figures[name]:.4f}", f"{by:+.2%}"] for name, by in off.items()]
+    print("\n" + format_table(["figure", "published", "here", "off"], rows), flush=True)
+    return len(off) == len(PUBLISHED) and all(abs(by) <= tolerance for by in off.values())
+
+
 def main() -> None:
     settings, sources = parse_settings(EvalSettings, sys.argv[1:], takes="RUN [RUN ...]")
     tasks = [name for task in settings.tasks.split(",") if (name := task.strip())]
+    if settings.verify:
+        sources, tasks = sources or ["EleutherAI/pythia-70m"], sorted({figure.split()[0] for figure in PUBLISHED})
+    if not tasks:
+        raise InputError(f"--tasks names none: choose from {', '.join(TASKS)}, or tasks of lm-evaluation-harness")
     if not sources:
         raise InputError("name at least one run: python eval.py out/pythia-laptop")
     device = pick_device(settings.device)
@@ -312,6 +333,8 @@ def main() -> None:
     print(format_comparison(results), flush=True)  # first: the disk may be full
     write_report(results, out_dir)
     print(f"written to {out_dir / 'report.md'}, with pictures; all figures are in {out_dir / 'results.json'}")
+    if settings.verify and not is_as_published(rows[0].get("harness", {}), settings.tolerance):
+        raise InputError(f"{sources[0]} is not as published, to {settings.tolerance:.1%}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, randomise
 
 import eval as evaluation
-from kit.files import InputError
+from kit.files import InputError, run
 from kit.harness import INSTALL, find_tasks
 from kit.text import load_tokenizer
 from pythia_base import PythiaConfig, PythiaModel
@@ -163,3 +163,34 @@ def test_another_version_and_a_folder_that_is_missing_are_refused(monkeypatch: p
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.1")
     with pytest.raises(InputError, match="lm-evaluation-harness is 0"):
         find_tasks(["wikitext"], evaluation.TASKS, None)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.009, 0), (1.02, 2), (None, 2)])
+def test_verify_holds_figures_against_published_ones(
+    factor: float | None, status: int, command: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A figure that is 2% off is one too many, and so is one that was not measured."""
+    found = {} if factor is None else {"harness": {"wikitext word_perplexity": 100.0 * factor}}
+    monkeypatch.setattr(evaluation, "PUBLISHED", {"wikitext word_perplexity": 100.0})
+    monkeypatch.setattr(evaluation, "find_tasks", lambda *_: SimpleNamespace(score=lambda *_: found))
+    monkeypatch.setattr(sys, "argv", [*command, "--verify"])
+    code: object = 0
+    try:
+        run(evaluation.main)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == status
+    assert ("is not as published, to 1.0%" in capsys.readouterr().err) == (status != 0)
+
+
+def test_a_task_that_fails_while_it_is_scored_is_one_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    own = (ROOT / "tasks" / "lambada_openai.yaml").read_text().replace("lambada_openai", "own").replace("join", "jion")
+    (tmp_path / "own.yaml").write_text(own)
+    monkeypatch.setattr(sys, "argv", [*command[:-1], f"--include_path={tmp_path}", "--tasks=own"])
+    with pytest.raises(InputError, match=r"(own cannot be scored|'own' cannot be read)") as error:
+        evaluation.main()
+    assert "\n" not in str(error.value)

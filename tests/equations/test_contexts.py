@@ -320,6 +320,9 @@ def test_other_weights_or_tokens_make_caches_stale(
     assert "stale" not in capsys.readouterr().out
     (tmp_path / "contexts_00000000_train.partial").touch()
     (tmp_path / "contexts_00000000_val.partial").touch()
+    damaged = {"contexts_11111111_train.json": "{", "contexts_22222222_train.json": "7"}
+    for name, text in damaged.items():
+        (tmp_path / name).write_text(text)
     change(model)
     tokens = random_tokens(300, seed)
     new = build(model, tokens)
@@ -327,7 +330,7 @@ def test_other_weights_or_tokens_make_caches_stale(
     assert all(f"stale: {path_of(each)} is of other weights or tokens\n" in out for each in (old, loose))
     assert error(model, new, tokens) < 1e-5
     left = {path.name for cache in (new, kept) for path in (path_of(cache), path_of(cache).with_suffix(".json"))}
-    assert names(tmp_path) == left | {"contexts_00000000_val.partial"}
+    assert names(tmp_path) == left | {"contexts_00000000_val.partial", *damaged}
 
 
 @pytest.mark.parametrize(
