@@ -64,7 +64,7 @@ class PythiaConfig:
             raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
         R, D = self.rotary_size, self.head_size
         if R % 2 or R > D:
-            raise ValueError(f"rotary_pct={self.rotary_pct} is {R} of {D} dimensions: that has to be even")
+            raise ValueError(f"rotary_pct={self.rotary_pct} is {R} of {D} dimensions: that has to be even, at most {D}")
 
     @property
     def head_size(self) -> int:

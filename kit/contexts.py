@@ -10,6 +10,7 @@ it takes minutes, and are as exact as float32 is: no further than twice as far f
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: ContextSet
     with partial.open("a+b") as out:
         done = out.tell() // (chunk_tokens * row_bytes) * chunk_tokens
         out.truncate(done * row_bytes)
+        needed, free = (num_tokens - done) * row_bytes, shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise InputError(f"{path} needs another {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of the disk are free")
         out.seek(max(done - 1, 0) * row_bytes)
         last = np.frombuffer(out.read() or bytes(row_bytes), dtype="<f4").copy()  # zero, where the recurrence starts
         states = torch.from_numpy(last).to(table.device)[None].split(widths, dim=1)

@@ -166,7 +166,8 @@ def format_summary(figures: dict[str, Any]) -> str:
     """The figures of one run, a line each; of a run that was not measured in full, those that there are."""
     header, (row,) = comparison_table([Config("", [figures])])
     rows = [list(pair) for pair in zip(header[1:], row[1:], strict=True)]
-    return format_table(["measured", "value"], [*rows, ["checkpoint", figures["checkpoint"]]]) + f"\n\n{NOTE}"
+    rows += [["checkpoint", figures["checkpoint"]]] if "checkpoint" in figures else []
+    return format_table(["measured", "value"], rows) + f"\n\n{NOTE}"
 
 
 def training_table(runs: list[dict[str, Any]]) -> Table:
@@ -212,7 +213,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 def learning_curve(run: dict[str, Any]) -> dict[str, float]:
     """Validation PPL in the course of training by tokens seen, from the run's log; empty where there is none."""
     log = Path(run["checkpoint"]).parent / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    text = log.read_text() if log.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last one may be half
     points = {str(line["tokens_seen"]): float(np.exp(line["val_loss"])) for line in lines if "val_loss" in line}
     return dict(list(points.items())[1:])  # the first is the untrained model's, or that of what it started from
 

@@ -61,12 +61,14 @@ def load_tokens(folder: str | Path, split: str) -> TokenFile:
     paths = [folder / f"{split}.bin", folder / f"{split}_doc_index.npy"]
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        files = [meta["files"][path.name] for path in paths]
+        files = [(meta["files"][path.name]["bytes"], meta["files"][path.name]["sha256"]) for path in paths]
+        if not (isinstance(meta["max_id"], int) and meta["tokenizer"] in ("neox", "gpt2")):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder / 'meta.json'} cannot be read: {REMAKE}") from None
-    for path, file in zip(paths, files, strict=True):
-        is_as_long = path.exists() and path.stat().st_size == file["bytes"]
-        if not is_as_long or (file["bytes"] <= VERIFIED_BYTES and sha256_of(path) != file["sha256"]):
+    for path, (size, digest) in zip(paths, files, strict=True):
+        is_as_long = path.exists() and path.stat().st_size == size
+        if not is_as_long or (size <= VERIFIED_BYTES and sha256_of(path) != digest):
             raise InputError(f"{path} does not match its meta.json: {REMAKE}")
     return TokenFile(paths[0], meta, np.memmap(paths[0], dtype="<u2", mode="r"))
 

@@ -144,12 +144,11 @@ def require_known_source(model: Any, source: Any, baseline: type) -> None:
         mine, theirs = type(model).__name__, type(source).__name__
         raise ValueError(f"the source is a {theirs}: a {mine} starts from its own class or from {baseline.__name__}")
     shared = {f.name for f in fields(source.config) if f.init} & {f.name for f in fields(model.config) if f.init}
-    for name in ("num_heads", "rotary_pct", "rotary_base", "hidden_size", "vocab_size"):
+    for name in ("num_heads", "rotary_pct", "rotary_base", "layer_norm_eps", "embed_norm", "hidden_size", "vocab_size"):
         values = [getattr(m.config, name) for m in (source, model) if name in shared]
         if len(set(values)) > 1:
-            raise ValueError(
-                f"the source has {name}={values[0]}, this model {values[1]}; pretrained: width_divisor = 1"
-            )
+            hint = "; released weights need width_divisor=1" if name == "hidden_size" else ""
+            raise ValueError(f"the source has {name}={values[0]}, this model {values[1]}{hint}")
 
 
 def take_over(model: Any, source: Any, converted: dict[str, Tensor]) -> dict[str, str]:

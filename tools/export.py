@@ -18,6 +18,11 @@ from kit.export import export_model
 from kit.files import InputError, make_folder, one_line, run
 from kit.report import format_summary
 
+PADDING = """
+One of several ways to shrink Pythia's KV cache; its code is in this folder. Prompts of a batch have to be equally long:
+padding on the left is refused.
+"""
+
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -34,13 +39,16 @@ def model_card(name: str, model: Any, checkpoint: dict[str, Any] | None, figures
         seen, config = checkpoint["tokens_seen"], checkpoint["config"]
         origin = f"Trained on {seen:,} tokens of {config['dataset']} by commit {checkpoint['commit'] or 'not known'}"
         origin += f" in windows of {config['block_size']} tokens." if "block_size" in config else ", phase 1 alone."
+    label, trust, limits = str(type(model).__doc__).splitlines()[0], ", trust_remote_code=True", PADDING
+    if type(model).__name__ == "PythiaModel":
+        label, trust, limits = "A GPT-NeoX, as Pythia is.", "", ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
 
-{str(type(model).__doc__).splitlines()[0]} One of several ways to shrink Pythia's KV cache; its code is in this folder.
+{label}
 
 {origin} Measured in float32:
 
@@ -49,14 +57,12 @@ pipeline_tag: text-generation
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{where}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{where}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{where}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{where}"{trust})
 ids = tokenizer("The history of", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True, top_k=50)[0]))
 ```
-
-Prompts of a batch have to be equally long: padding on the left is refused.
-"""
+{limits}"""
 
 
 def main() -> None:
@@ -68,8 +74,12 @@ def main() -> None:
         raise InputError(f"{folder} holds something already: name a new folder, or remove it")
     model, checkpoint = load_source(source)
     summary = Path(source, "summary.json")
-    figures = json.loads(summary.read_text()) if summary.is_file() else {}
-    figures |= {"checkpoint": source, **count_parameters(model), **evaluate_cache(model)}
+    try:
+        figures = dict(json.loads(summary.read_text())) if summary.is_file() else {}
+    except (ValueError, TypeError):
+        raise InputError(f"{summary} is damaged: remove it, or train the run again") from None
+    figures = {**figures, **count_parameters(model), **evaluate_cache(model)}
+    figures.pop("checkpoint", None)  # a path of this machine
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         whole = Path(temporary, folder.name)

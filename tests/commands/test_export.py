@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -123,8 +124,13 @@ def test_a_run_becomes_a_folder_with_a_card(run_folder: Path, tmp_path: Path) ->
     card = (tmp_path / "new" / "mla" / "README.md").read_text()
     for fact in ("123.4", "25.6%", "0123abcd", "96 tokens of own", "trust_remote_code=True", "cache B/token"):
         assert fact in card
+    assert str(tmp_path) not in card.replace(str(tmp_path / "new" / "mla"), ""), "a path of this machine"
     assert (tmp_path / "new" / "mla" / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["mla"]
+    torch.save(checkpoint_of("pythia", narrow("pythia")), run_folder / "ckpt.pt")
+    export(run_folder, tmp_path / "pythia", f"--data_dir={ROOT / 'data'}")
+    card = (tmp_path / "pythia" / "README.md").read_text()
+    assert not re.search("trust_remote_code|its code|padding", card), "the baseline has no code of its own"
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,12 @@ def malicious_index(folder: Path) -> None:
 
 META, MATCH, REMAKE = "meta.json cannot be read", "does not match its meta.json", "prep.py and --overwrite=True"
 SETS = all_say(META, {"half-meta": halve("meta.json"), "list-for-meta": write("meta.json", b"[]")})
+SETS |= all_say(META, {
+    "no-files-in-meta": edit_json("meta.json", files=None), "no-max-id": edit_json("meta.json", max_id=None),
+    "max-id-a-text": edit_json("meta.json", max_id="many"), "no-tokenizer": edit_json("meta.json", tokenizer=None),
+    "unknown-tokenizer": edit_json("meta.json", tokenizer="bpe"),
+    "no-size": edit_json("meta.json", files={"train.bin": 5, "val.bin": 5}),
+})  # fmt: skip
 SETS |= all_say(f"train.bin {MATCH}...{REMAKE}", {
     "no-train": remove("train.bin"), "truncated": halve("train.bin"), "zeros": zeros("train.bin"),
 })  # fmt: skip

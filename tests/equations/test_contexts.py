@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -286,6 +287,20 @@ def test_an_interrupted_build_goes_on(build: Build, tmp_path: Path, monkeypatch:
     assert path_of(making()).read_bytes() == expected
     assert calls[2 * chunks_before + 2 :] == [400, 400, 400, 400, 400, 400, 300, 300][2 * chunks_before :]
     assert names(tmp_path) == {path.name, path.with_suffix(".json").name}
+
+
+def test_a_full_disk_and_ids_without_an_embedding_are_told_before_the_work(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(make_block())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=7))
+        with pytest.raises(InputError, match="the disk are free"):
+            build(model, 900)
+    model.embed_in = nn.Embedding(VOCAB - 1, model.embed_in.embedding_dim)
+    with pytest.raises(InputError, match=f"token id {VOCAB - 1}, which the model's embedding does not have"):
+        build(model, 900)
+    assert not list(tmp_path.glob("contexts_*.json"))
 
 
 def test_a_complete_cache_is_read(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
