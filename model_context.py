@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pythia_base
+from kit.fast import attend, has_kernels, row_linear
 from kit.show import say, show, text_ids
 from kit.weights import fused_parts
 from pythia_base import Attention, Cache, PythiaConfig, PythiaModel, merge_heads, rotate, split_heads
@@ -43,6 +44,7 @@ from pythia_base import Attention, Cache, PythiaConfig, PythiaModel, merge_heads
 WEIGHT_STD, BIAS_STD = 0.1, 0.01  # of the ContextBlock's weights and biases under init='normal'
 FIRST_CONTEXTS_STD = 0.01  # of the contexts that the first iteration of Phase 1 reads
 SETTLING_PASSES = 20  # parallel passes, at least, that tell whether contexts settle, whatever the exact ones do
+REBUILT_KEYS = 1024  # at a time, in decoding: they stay in the processor's cache
 ROWS_AT_A_TIME = 5_000  # contexts on the device in these passes, and in float64 for the effective rank
 Init = Literal["normal", "xavier", "kaiming"]
 
@@ -136,12 +138,12 @@ class ContextBlock(nn.Module):
     def token_half(self, embeddings: Tensor) -> Tensor:
         """W_e LayerNorm(embedding) + b, (..., C) -> (..., E), side by side if there are several layers."""
         e = self.embed_norm(embeddings)
-        return torch.cat([F.linear(e, m.weight[:, self.context_dim :], m.bias) for m in self.linears], dim=-1)
+        return torch.cat([row_linear(e, m.weight[:, self.context_dim :], m.bias) for m in self.linears], dim=-1)
 
     def step(self, c: Tensor, token_half: Tensor) -> Tensor:
         """c_{t-1} (B, E) and the token half of token t -> c_t (B, E)."""
         for linear, norm, half in zip(self.linears, self.norms, token_half.split(self.context_dim, -1), strict=True):
-            c = norm(c + F.gelu(F.linear(c, linear.weight[:, : self.context_dim]) + half))
+            c = norm(c + F.gelu(row_linear(c, linear.weight[:, : self.context_dim]) + half))
         return c
 
     def forward(self, c: Tensor, embeddings: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ class ContextBlock(nn.Module):
         """The exact contexts (B, T, E) of embeddings (B, T, C), token after token from c (B, E), or from 0 if None."""
         with torch.autocast(embeddings.device.type, enabled=False):  # rounding would add up from token to token
             halves = self.token_half(embeddings)
-            c = halves.new_zeros(halves.size(0), self.context_dim) if c is None else c
+            c = halves.new_zeros(halves.size(0), self.context_dim) if c is None else c.to(halves.dtype)
             contexts = []
             for half in halves.unbind(dim=1):
                 c = self.step(c, half)
@@ -320,7 +322,9 @@ class ContextModel(PythiaModel):
         past = next((entry for entry in own if isinstance(entry, ContextCache)), None)
         embeddings = self.embed_in(idx)
         if contexts is None:
-            contexts = self.context_block.recurrence(embeddings, None if past is None else past.state(start))
+            contexts = self.context_block.recurrence(
+                embeddings, None if past is None else past.state(start).to(embeddings.dtype)
+            )
         h, attended = self.prepare(embeddings, contexts, start, past)
         for block, entry in zip(self.layers, own, strict=True):
             h = block(h, start, attended if isinstance(block.attention, ContextAttention) else entry)
@@ -349,28 +353,35 @@ class CausalContextAttention(ContextAttention):
     def forward(self, x: Tensor, start: int, contexts: Tensor) -> Tensor:
         """x (B, T, C) of the last T of the P positions whose contexts (B, P, E) are given -> (B, T, C)."""
         T, P = x.size(1), contexts.size(1)
-        positions = torch.arange(P, device=x.device)
-        q = rotate(split_heads(self.W_Q(x), self.config.num_heads), positions[P - T :], self.config)  # (B, H, T, D)
-        attend = self.absorbed if T < P and self.absorbing_is_cheaper(T) else self.expanded
-        return self.dense(merge_heads(attend(q, contexts, positions)))
+        q = rotate(split_heads(self.W_Q(x), self.config.num_heads), range(P - T, P), self.config)  # (B, H, T, D)
+        form = self.absorbed if T < P and self.absorbing_is_cheaper(T) else self.expanded
+        return self.dense(merge_heads(form(q, contexts)))
 
-    def expanded(self, q: Tensor, contexts: Tensor, positions: Tensor) -> Tensor:
+    def expanded(self, q: Tensor, contexts: Tensor) -> Tensor:
         """Every key and value: k = RoPE(c W_K), v = c W_V. q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)."""
+        contexts = contexts.to(q.dtype)
         k, v = (split_heads(W(contexts), self.config.num_heads) for W in (self.W_K, self.W_V))  # (B, H, P, D)
-        return pythia_base.causal_attention(q, rotate(k, positions, self.config), v)
+        return pythia_base.causal_attention(q, rotate(k, range(k.size(2)), self.config), v)
 
-    def absorbed(self, q: Tensor, contexts: Tensor, positions: Tensor) -> Tensor:
+    def absorbed(self, q: Tensor, contexts: Tensor) -> Tensor:
         """The same: where RoPE does not turn, q k^T = (q W_K^T) c^T, so that R of D dimensions of keys are rebuilt."""
-        B, H, T, D = q.shape
-        P, R = contexts.size(1), self.config.rotary_size
+        (B, H, T, D), P, R = q.shape, contexts.size(1), self.config.rotary_size
         W_K, W_V = self.W_K.weight.view(H, D, -1), self.W_V.weight.view(H, D, -1)  # (H, D, E)
-        k_rotated = F.linear(contexts, W_K[:, :R].flatten(0, 1)).view(B, P, H, R).transpose(1, 2)
-        k_rotated = rotate(k_rotated, positions, self.config)  # (B, H, P, R)
-        q_latent = (q[..., R:] @ W_K[:, R:]).flatten(1, 2)  # (B, H T, E): one product serves all heads
-        scores = q[..., :R] @ k_rotated.transpose(2, 3) + (q_latent @ contexts.transpose(1, 2)).view(B, H, T, P)
-        future = torch.ones(T, P, dtype=torch.bool, device=q.device).triu(P - T + 1)
-        weights = (scores / math.sqrt(D)).masked_fill(future, -math.inf).softmax(dim=-1)
-        out_latent = (weights.flatten(1, 2) @ contexts).view(B, H, T, -1)  # (B, H, T, E)
+        q, W_turned, turned = q / math.sqrt(D), W_K[:, :R].flatten(0, 1), []  # W_turned (H R, E)
+        for begin in range(0, P, REBUILT_KEYS):
+            c = contexts[:, begin : begin + REBUILT_KEYS].to(q.dtype)
+            k = split_heads(F.linear(c, W_turned), H)  # (B, H, REBUILT_KEYS, R)
+            k = rotate(k, range(begin, begin + c.size(1)), self.config)
+            turned.append(q[..., :R] @ k.transpose(2, 3))
+        scores, q_latent = torch.cat(turned, dim=-1), q[..., R:] @ W_K[:, R:]  # (B, H, T, P), (B, H, T, E)
+        if T == 1 and has_kernels(q):  # the fast form: one key, which is the value too, for all heads
+            out_latent = attend(q_latent, contexts[:, None], contexts[:, None], 1.0, bias=scores[:, :, 0])
+        else:
+            contexts = contexts.to(q.dtype)
+            scores = scores + (q_latent.flatten(1, 2) @ contexts.transpose(1, 2)).view(B, H, T, P)
+            future = torch.ones(T, P, dtype=torch.bool, device=q.device).triu(P - T + 1)
+            weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
+            out_latent = (weights.flatten(1, 2) @ contexts).view(B, H, T, -1)  # (B, H, T, E)
         return out_latent @ W_V.transpose(1, 2)
 
     def absorbing_is_cheaper(self, T: int) -> bool:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pythia_base
+from kit.fast import attend, has_kernels
 from kit.show import largest, say, show, text_ids
 from kit.weights import bias_free_attention
 from pythia_base import Attention, PythiaConfig, PythiaModel, merge_heads, split_heads
@@ -104,24 +105,30 @@ class LatentAttention(Attention):
         q = split_heads(self.W_Q(x), self.config.num_heads)  # (B, H, T, D)
         c_kv = self.W_DKV(x)  # (B, T, L)
         if cache is not None:
-            c_kv = cache.append(c_kv, start).to(q.dtype)  # (B, P, L)
+            c_kv = cache.append(c_kv, start)  # (B, P, L)
         decodes = cache is not None and self.absorbing_is_cheaper(x.size(1))
         return self.W_O(merge_heads(self.absorbed(q, c_kv) if decodes else self.expanded(q, c_kv)))
 
     def expanded(self, q: Tensor, c_kv: Tensor) -> Tensor:
         """Rebuild every key and value: k = c_kv W_UK, v = c_kv W_UV. q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)."""
-        k, v = (split_heads(W(c_kv), self.config.num_heads) for W in (self.W_UK, self.W_UV))  # (B, H, P, D)
+        k, v = (split_heads(W(c_kv.to(q.dtype)), self.config.num_heads) for W in (self.W_UK, self.W_UV))  # (B, H, P, D)
         return alibi_attention(q, k, v, self.config.alibi_slope)
 
     def absorbed(self, q: Tensor, c_kv: Tensor) -> Tensor:
         """The same: q k^T = (q W_UK^T) c_kv^T, queries move into the latent space and no key or value is rebuilt."""
         B, H, T, D = q.shape
         W_UK, W_UV = (W.weight.view(H, D, -1).to(q.dtype) for W in (self.W_UK, self.W_UV))  # (H, D, L)
-        q_latent = (q @ W_UK).flatten(1, 2)  # (B, H T, L): one product serves all heads
-        scores = (q_latent @ c_kv.transpose(1, 2)).view(B, H, T, -1) / math.sqrt(D)  # (B, H, T, P)
-        alibi = ALiBiPositionEncoding(self.config.alibi_slope)
-        weights = alibi.apply_to_scores(scores, T).softmax(dim=-1).to(c_kv.dtype)
-        out_latent = (weights.flatten(1, 2) @ c_kv).view(B, H, T, -1)  # (B, H, T, L)
+        q_latent = q @ W_UK  # (B, H, T, L)
+        if T == 1 and has_kernels(q):  # the fast form
+            bias = -self.config.alibi_slope * torch.arange(c_kv.size(1) - 1, -1, -1.0)  # of key j: -m (i - j)
+            c_kv = c_kv[:, None]  # one key, which is the value too, for all heads
+            out_latent = attend(q_latent, c_kv, c_kv, 1 / math.sqrt(D), bias.expand(B, H, -1))
+        else:
+            c_kv = c_kv.to(q.dtype)
+            scores = (q_latent.flatten(1, 2) @ c_kv.transpose(1, 2)).view(B, H, T, -1) / math.sqrt(D)  # (B, H, T, P)
+            alibi = ALiBiPositionEncoding(self.config.alibi_slope)
+            weights = alibi.apply_to_scores(scores, T).softmax(dim=-1).to(c_kv.dtype)
+            out_latent = (weights.flatten(1, 2) @ c_kv).view(B, H, T, -1)  # (B, H, T, L)
         return out_latent @ W_UV.transpose(1, 2)
 
     def absorbing_is_cheaper(self, T: int) -> bool:

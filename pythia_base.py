@@ -22,6 +22,7 @@ Letters, for the whole project:
 
 import cmath
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.fast import head_loss
+from kit.fast import attend, has_kernels, head_loss, rotate_row, row_linear
 from kit.show import show
 from kit.weights import read_gpt_neox, require_known_source, take_over, write_gpt_neox, write_variant
 
@@ -83,17 +84,27 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"{name}={value} has to be at least {least} and finite")
 
 
-def rotate(x: Tensor, positions: Tensor, config: PythiaConfig) -> Tensor:
-    """RoPE (Su et al. 2021, arXiv 2104.09864) of x (B, H, T, D) at positions (T,), in halves as GPT-NeoX pairs them.
+def rotate(x: Tensor, positions: range, config: PythiaConfig) -> Tensor:
+    """RoPE (Su et al. 2021, arXiv 2104.09864) of x (B, H, T, D) at T positions, in halves as GPT-NeoX pairs them.
 
-    Dimensions r and r + R/2 turn by the angle position / base^(2r/R). The angles are float32 in a bfloat16 model too.
+    Dimensions r and r + R/2 turn by the angle position / base^(2r/R).
     """
     R = config.rotary_size
-    wavelengths = config.rotary_base ** (torch.arange(0, R, 2, device=x.device, dtype=torch.float32) / max(R, 1))
-    angles = positions[:, None].float() * (1 / wavelengths)  # (T, R/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = rope_turns(positions, R, config.rotary_base, x.dtype, x.device)
+    if has_kernels(x):
+        return rotate_row(x, cos, sin)
     x1, x2, rest = x.split([R // 2, R // 2, x.size(-1) - R], dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+
+
+@functools.lru_cache(maxsize=64)  # all layers turn by the same angles
+def rope_turns(
+    positions: range, R: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, R/2) of RoPE's angles, which are float32 in a bfloat16 model too."""
+    wavelengths = base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / max(R, 1))
+    angles = torch.arange(positions.start, positions.stop, device=device)[:, None].float() * (1 / wavelengths)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -102,6 +113,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     mask (T, P): True where a query sees a key; without it every query sees the keys up to its own.
     """
     T, P = q.size(-2), k.size(-2)
+    if mask is None and T == 1 and has_kernels(q):
+        return attend(q, k, v, 1 / math.sqrt(q.size(-1)))
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if mask is None and T == P:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if mask is None and T > 1:
@@ -139,9 +153,10 @@ class KeyValueCache:
 
     def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, T, D) at position start; returns all keys and values so far, (B, H, P, D)."""
-        end = start + k.size(2)
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
-        return self.k[:, :, :end], self.v[:, :, :end]
+        T = k.size(2)
+        self.k.narrow(2, start, T).copy_(k)
+        self.v.narrow(2, start, T).copy_(v)
+        return self.k.narrow(2, 0, start + T), self.v.narrow(2, 0, start + T)
 
 
 class SelfAttention(Attention):
@@ -159,11 +174,11 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, start: int, cache: KeyValueCache | None) -> Tensor:
         q, k, v = split_heads(self.query_key_value(x), self.config.num_heads).chunk(3, dim=-1)  # (B, H, T, D) each
-        positions = torch.arange(start, start + x.size(1), device=x.device)
+        positions = range(start, start + x.size(1))
         q, k = rotate(q, positions, self.config), rotate(k, positions, self.config)
         if cache is not None:
             k, v = cache.append(k, v, start)  # (B, H, P, D) each
-        return self.dense(merge_heads(causal_attention(q, k.to(q.dtype), v.to(q.dtype))))
+        return self.dense(merge_heads(causal_attention(q, k, v)))
 
 
 class MLP(nn.Module):
@@ -235,7 +250,7 @@ class LanguageModel(nn.Module):
         """
         h = self.hidden_states(idx, cache, **inputs)
         if targets is None:
-            return F.linear(h, self.head_weight), None
+            return row_linear(h, self.head_weight), None
         return None, head_loss(h, self.head_weight, targets)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None = None) -> Tensor:
@@ -325,20 +340,20 @@ def stream_tokens(
     temperature: float,
     top_k: int | None = None,
     num_tokens: int | None = None,
-    step: Any = None,
 ) -> Iterator[Tensor]:
     """Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T), each as soon as it is drawn.
 
-    Ids from num_tokens on, padding of the vocabulary, are never drawn. step, compiled, decodes in the model's place.
+    Ids from num_tokens on, padding of the vocabulary, are never drawn.
     """
     if idx.size(1) == 0:
         raise ValueError("an empty prompt has no next token: start with the end-of-text token")
     for chunk in idx.split(PREFILL_TOKENS, dim=1):
-        logits, _ = model(chunk, cache=cache)
+        h = model.hidden_states(chunk, cache)
     for remaining in reversed(range(max_new_tokens)):
-        yield (token := draw_token(logits[:, -1, :num_tokens], temperature, top_k))
+        logits = row_linear(h[:, -1], model.head_weight)  # of the last token alone
+        yield (token := draw_token(logits[:, :num_tokens], temperature, top_k))
         if remaining:
-            logits, _ = (step or model)(token, cache=cache)
+            h = model.hidden_states(token, cache)
 
 
 def draw_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:

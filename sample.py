@@ -6,12 +6,13 @@ python sample.py out/mla_kv128-laptop --prompt="The capital of France"
 import sys
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from configurator import baseline_config, build_model, load_source, parse_settings
-from kit.fast import compile_step, input_major
+from kit.fast import prepare_decoding, round_weights
 from kit.files import InputError, run
 from kit.runs import pick_device
 from kit.text import load_tokenizer
@@ -27,7 +28,7 @@ class SampleSettings:
     temperature: NonNegativeFloat = 0.8  # 0 is greedy
     top_k: PositiveInt | None = 50  # draw from the k likeliest tokens; None: from all
     num_samples: PositiveInt = 1  # how many texts
-    compile: bool = False  # compile the decoding step: half a minute first, then faster; it needs a C++ compiler
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are read; the arithmetic is float32
     data_dir: str = "data"  # where the tokenizer is kept
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
     seed: NonNegativeInt = 1337  # of the draws
@@ -39,9 +40,9 @@ def main() -> None:
         raise InputError("name one run: python sample.py out/mla_kv128-laptop")
     model, checkpoint = load_source(sources[0])
     model = model.to(device := pick_device(s.device)).eval()
-    step = compile_step(model) if s.compile else model
-    if not s.compile:
-        input_major(model)
+    if s.dtype == "bfloat16":
+        round_weights(model)
+    prepare_decoding(model)
     tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"] if checkpoint else "neox", s.data_dir)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise InputError(f"{sources[0]} has {model.config.vocab_size} rows for the {tokenizer.n_vocab} tokens of text")
@@ -55,7 +56,7 @@ def main() -> None:
         print(s.prompt, end="", flush=True)
         pending: list[int] = []  # a character that several tokens share waits for the last of them
         limits = (s.max_new_tokens, s.temperature, s.top_k, tokenizer.n_vocab)
-        for token in stream_tokens(model, idx, cache, *limits, step):
+        for token in stream_tokens(model, idx, cache, *limits):
             pending.append(int(token))
             if not (text := tokenizer.decode(pending)).endswith("\ufffd"):
                 print(text, end="", flush=True)

@@ -1,12 +1,16 @@
 """Fast forms beside the plain ones that they equal: the loss that never holds the logits, decoding compiled."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import cpp_extension
+
+from kit.files import one_line
 
 LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB in float32
 LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
@@ -81,19 +85,54 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
 
 
-def input_major(model: nn.Module) -> None:
-    """Lay every matrix out as (in, out) in memory, from which a CPU decodes one row up to twice as fast in float32."""
+# --------------------------------------------------------------------------- decoding on a CPU, through kit/decode.cpp
+MOST_ROWS = 8  # up to which it takes longer to read W than to multiply with it
+SOURCE = Path(__file__).with_name("decode.cpp")
+kernels: Any = None  # what it defines, once it is loaded
+
+
+def prepare_decoding(model: nn.Module) -> None:
+    """Let a model on a CPU decode by kit/decode.cpp, compiled for this machine once, in some ten seconds.
+
+    Where there is no compiler, it says so, and the model decodes as it did.
+    """
+    global kernels
+    if next(model.parameters()).device.type != "cpu":
+        return
+    name = f"decode_{torch.backends.cpu.get_cpu_capability().lower()}"  # the library may outlive the machine
+    flags = ["-O3", "-march=native", "-ffast-math", "-Wno-psabi"]
+    try:
+        cpp_extension.load(name, str(SOURCE), extra_cflags=flags, is_python_module=False)
+    except (RuntimeError, OSError) as error:
+        print(f"decoding is slower without a C++ compiler for {SOURCE.name}: {one_line(error)[:120]}")
+        return
+    kernels = torch.ops.decode
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.T.contiguous().T
+        if type(module) is nn.Linear:
+            module.__class__ = RowLinear
+
+
+def round_weights(model: nn.Module) -> None:
+    """Round every matrix to bfloat16 and keep it in both forms: decoding then reads half as many bytes.
+
+    The arithmetic stays float32, that of prompts too, so that the text is that of float32 with the rounded weights.
+    """
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.__dict__["rounded"] = weight.data.bfloat16()
+            weight.data = weight.data.bfloat16().float()
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the kernels are there for x: float32, on a CPU, without gradients."""
+    return kernels is not None and not torch.is_grad_enabled() and x.is_cpu and x.dtype is torch.float32
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, whose product with one row x is written as a sum: compiled, that reads W as fast as memory gives it."""
-    if x.numel() > x.size(-1):
-        return F.linear(x, weight, bias)
-    y = (weight.float() * x.flatten().float()).sum(dim=-1)
-    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
+    """F.linear; where x has few rows, by a kernel that reads W, or its rounded form, as fast as memory gives it."""
+    if x.numel() <= MOST_ROWS * x.size(-1) and has_kernels(x):
+        return kernels.linear.default(x.contiguous(), weight.__dict__.get("rounded", weight), bias)
+    return F.linear(x, weight, bias)
 
 
 class RowLinear(nn.Linear):
@@ -101,14 +140,14 @@ class RowLinear(nn.Linear):
         return row_linear(x, self.weight, self.bias)
 
 
-def compile_step(model: Any) -> Any:
-    """model(token, cache=cache) for the tokens (B, 1) after a prompt, compiled: some 30 s at the first ones."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = RowLinear
+def rotate_row(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of x (B, H, T, D) by cosines and sines (T, R/2), in one pass."""
+    return kernels.rotate.default(x, cos, sin)
 
-    def step(token: Tensor, cache: Any) -> tuple[Tensor, None]:
-        return row_linear(model.hidden_states(token, cache), model.head_weight), None
 
-    # dynamic: one program for all positions; the options: what a row product reads is computed once, before its sums
-    return torch.compile(step, dynamic=True, options={"realize_reads_threshold": 0, "realize_opcount_threshold": 0})
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T + bias) v of one token: q (B, H, 1, D), k, v (B, G, P, D or Dv), bias (B, H, P).
+
+    H / G heads share a key. Keys and values, float32 or bfloat16, are read once, block by block, as in flash decoding.
+    """
+    return kernels.attend.default(q, k, v, scale, bias)

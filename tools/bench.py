@@ -1,12 +1,16 @@
-"""Speed, measured side by side in one run: A B A B, medians, ratios.
+"""Speed, measured side by side in one run: A B A B, medians, the share of what the machine could do.
 
-    python -m tools.bench                                 # every table
-    python -m tools.bench --what=decode --quick=True      # models four times narrower, rougher
+    python -m tools.bench                                    # every table, on a machine that does nothing else
+    python -m tools.bench --what=steps --models=pythia,mla   # or train, prefill, decode, rows, attention, contexts
+    python -m tools.bench --what=decode --gguf=pythia.gguf --ct2=pythia-ct2
 
-A ratio of two forms that ran in turn carries over to another machine, a time does not. The first row of a table is what
-the others are held against. Hugging Face's transformers stands beside this project's forms where it is installed.
+Ratios are to the first row of a table: that of two forms that ran in turn carries over to another machine, a time does
+not. limit: the longer of bytes / bandwidth and operations / peak, both measured around the table; share: limit / time.
+A table is busy if they differ by more than a quarter before and after it. transformers, llama.cpp and CTranslate2 stand
+beside this project where they are installed (docs/speed.md).
 """
 
+import copy
 import json
 import math
 import os
@@ -20,41 +24,53 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn as nn
 from pydantic import PositiveInt
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import MODELS, build_model, make, parse_settings
 from kit.contexts import exact_contexts
-from kit.fast import compile_step, next_token_loss
-from kit.files import make_folder, replacing, run
+from kit.fast import next_token_loss, prepare_decoding, round_weights
+from kit.files import InputError, make_folder, replacing, run
 from kit.report import format_table
 from kit.runs import pick_device
 from kit.tokens import load_tokens
 from model_mla import ALiBiPositionEncoding, alibi_attention
-from pythia_base import stream_tokens
+from pythia_base import Cache, stream_tokens
 from train import make_optimizer
 
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py
-LENGTHS, BATCHES = (256, 2048, 8192), (1, 8)  # tokens in the cache, rows
+STEPS = ((1, 256), (1, 8192), (1, 32768), (8, 2048), (8, 8192))  # rows and tokens in the cache
+BUDGET, ROWS = 2**30, (1, 8, 32, 128)  # bytes for weights and caches; rows that are decoded together if they fit
 CONTEXT_TOKENS, PLAIN_SHARE = 500_000, 50  # of the fast recurrence; the plain one takes so much less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BUSY = 1.25  # how far speeds of the machine before and after a table may be apart
 
 
 @dataclass(frozen=True)
 class BenchSettings:
     """tools/bench.py"""
 
-    what: Literal["all", "train", "decode", "attention", "contexts"] = "all"  # to time
-    quick: bool = False  # narrower models, less work, decoding steps not compiled: minutes, and rougher ratios
-    repeats: PositiveInt = 3  # interleaved, after one to warm up; medians are shown
+    what: Literal["all", "train", "prefill", "decode", "steps", "rows", "attention", "contexts"] = "all"  # to time
+    models: str = ",".join(MODELS)  # architectures in the tables that have them, names from configurator.MODELS
+    quick: bool = False  # narrower models, less work: a minute, and rougher
+    repeats: PositiveInt = 5  # interleaved, after one to warm up; medians are shown
+    gguf: str | None = None  # the baseline as llama.cpp reads it, one file or several with a comma between
+    ct2: str | None = None  # the baseline as CTranslate2 reads it, a folder
     dataset: str = "mini"  # whose text the work is done on
     data_dir: str = "data"  # where the token files are
     out_dir: str = "out/bench"  # where bench.json goes
     device: str = "auto"  # 'auto' takes cuda, then mps, then cpu
+
+    def __post_init__(self) -> None:
+        for name in self.models.split(","):
+            if name not in MODELS:
+                raise InputError(f"models={self.models!r}: {name!r} is none of {', '.join(MODELS)}")
 
 
 @dataclass(frozen=True)
@@ -62,29 +78,53 @@ class Contender:
     """One way to do the work of a table."""
 
     work: Callable[[], Any]
-    amount: float  # units of work that it does, tokens
+    tokens: float  # that it works on
+    bytes: float = 0  # that it has to read
+    operations: float = 0  # floating-point operations that it has to do
     to_reach: str = ""  # times the first contender's rate
 
 
+def speeds(device: torch.device) -> tuple[float, float]:
+    """Bytes a second that are read, operations a second of a float32 product: the best of a few."""
+    numbers, square = torch.ones(2**26, device=device), torch.ones(1024, 1024, device=device)
+    seconds = [min(seconds_of(work, device) for _ in range(5)) for work in (numbers.sum, lambda: square @ square)]
+    return numbers.nbytes / seconds[0], 2 * 1024**3 / seconds[1]
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def compare(title: str, contenders: dict[str, Contender], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Run the contenders in turn, once to warm up and then repeats times; prints and returns the table, tokens/s."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    """Run the contenders in turn, once to warm up and then repeats times; prints and returns the table."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    before = speeds(device)
     for repeat in range(repeats + 1):
         for name, contender in contenders.items():
-            started = time.perf_counter()
-            contender.work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            elapsed = seconds_of(contender.work, device)
             if repeat:
-                rates[name].append(contender.amount / (time.perf_counter() - started))
-    first, rows, results = next(iter(rates.values())), [], {}
-    for name, mine in rates.items():
-        ratios = [a / b for a, b in zip(mine, first, strict=True)]
-        row = [name, f"{statistics.median(mine):,.4g}", f"{statistics.median(ratios):.2f}"]
-        rows.append([*row, f"{min(ratios):.2f}-{max(ratios):.2f}", contenders[name].to_reach])
-        results[name] = {"tokens_per_s": mine, "ratios": ratios, "to_reach": contenders[name].to_reach}
-    print("\n" + format_table([title, "tokens/s", "ratio", "spread", "to reach"], rows), flush=True)
-    return {title: results}
+                seconds[name].append(elapsed)
+    after = speeds(device)
+    bandwidth, peak = map(max, before, after)
+    busy = max(max(pair) / min(pair) for pair in zip(before, after, strict=True)) > BUSY
+    baseline = next(name for name in contenders)
+    rows, results = [], {}
+    for name, c in contenders.items():
+        rates = [c.tokens / s for s in seconds[name]]
+        ratios = [rate * s / contenders[baseline].tokens for rate, s in zip(rates, seconds[baseline], strict=True)]
+        limit, median = max(c.bytes / bandwidth, c.operations / peak), statistics.median(seconds[name])
+        row = [name, f"{1000 * median:,.2f}", f"{statistics.median(rates):,.4g}", f"{statistics.median(ratios):.2f}"]
+        row += [f"{min(ratios):.2f}-{max(ratios):.2f}", c.to_reach]
+        rows.append([*row, *([f"{1000 * limit:,.2f}", f"{limit / median:.0%}"] if limit else ["", ""])])
+        results[name] = {"seconds": seconds[name], "tokens": c.tokens, "limit": limit, "to_reach": c.to_reach}
+    header = [title + (" (busy)" if busy else ""), "ms", "tokens/s", "ratio", "spread", "to reach", "limit ms", "share"]
+    print("\n" + format_table(header, rows))
+    print(f"{bandwidth / 1e9:.1f} GB/s, {peak / 1e9:.0f} GFLOP/s of float32", flush=True)
+    return {title: {"busy": busy, "bandwidth": bandwidth, "peak": peak, "rows": results}}
 
 
 def text_batch(settings: BenchSettings, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
@@ -101,6 +141,15 @@ def seeded_model(name: str, settings: BenchSettings) -> Any:
     return build_model(name, config)
 
 
+def decoding_model(name: str, settings: BenchSettings, device: torch.device, *, rounded: bool) -> Any:
+    """A model as it decodes: on a CPU by the kernels, its weights float32 or rounded to bfloat16."""
+    model = seeded_model(name, settings).to(device).eval()
+    prepare_decoding(model)
+    if rounded:
+        round_weights(model)
+    return model
+
+
 def transformers_model(settings: BenchSettings) -> Any:
     """GPTNeoXForCausalLM of the baseline's shape, None where transformers is not installed."""
     try:
@@ -110,7 +159,21 @@ def transformers_model(settings: BenchSettings) -> Any:
         return None
     with tempfile.TemporaryDirectory() as folder:
         seeded_model("pythia", settings).save_pretrained(folder)
-        return GPTNeoXForCausalLM.from_pretrained(folder)
+        return GPTNeoXForCausalLM.from_pretrained(folder).eval()
+
+
+def operations_of(work: Callable[[], Any]) -> int:
+    """Floating-point operations of the products in work, done without the kernels, which are not counted."""
+    with mock.patch("kit.fast.kernels", None), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def weight_bytes(model: Any, *, rounded: bool) -> int:
+    """Bytes of weights that one decoding step reads: all but an embedding table that is not the head as well."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(model.head_weight)}
+    numbers = sum(p.numel() for p in model.parameters() if id(p) not in tables)
+    return numbers * (2 if rounded else 4)
 
 
 def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -127,64 +190,149 @@ def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[dict[
 
     contenders = {}
     if theirs := transformers_model(settings):
-        optimizer = torch.optim.AdamW(theirs.to(device).parameters(), lr=1e-4)
+        optimizer = torch.optim.AdamW(theirs.to(device).train().parameters(), lr=1e-4)
         for name, dtype in DTYPES.items():
             work = partial(step, theirs, optimizer, dtype, lambda model: next_token_loss(model(idx).logits, targets))
             contenders[f"transformers {name}"] = Contender(work, idx.numel())
     ours = seeded_model("pythia", settings).to(device)
+    operations = operations_of(lambda: ours(idx, targets)[1].backward())
     optimizer = make_optimizer(ours, 1e-4, 0.1, (0.9, 0.95))
     for (name, dtype), to_reach in zip(DTYPES.items(), ("1.0", "2.0"), strict=True):
         work = partial(step, ours, optimizer, dtype, lambda model: model(idx, targets)[1])
-        contenders[f"ours {name}"] = Contender(work, idx.numel(), to_reach)
+        contenders[f"ours {name}"] = Contender(work, idx.numel(), operations=operations, to_reach=to_reach)
     yield compare("training step", contenders, settings.repeats, device)
 
 
 @torch.no_grad()
-def bench_decode(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Greedy decoding of one row, prompt 128 + 256 new tokens; then steps of every model at the end of long caches."""
-    new_tokens, idx = 32 if settings.quick else 256, text_batch(settings, 1, 128)[0].to(device)
+def bench_prefill(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A prompt of 2,048 tokens through the cache, to the logits of its last token."""
+    idx = text_batch(settings, 1, 2048 // (4 if settings.quick else 1))[0].to(device)
 
-    def generate(model: Any, step: Any = None) -> None:
-        list(stream_tokens(model, idx, model.init_cache(1, 128 + new_tokens), new_tokens, temperature=0, step=step))
+    def prefill(model: Any) -> None:
+        next(stream_tokens(model, idx, model.init_cache(1, idx.size(1)), 1, temperature=0))
 
-    for (name, dtype), to_reach in zip(DTYPES.items(), ("2.5", "1.8"), strict=True):
+    for name, dtype in DTYPES.items():
         contenders = {}
         if theirs := transformers_model(settings):
-            options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-            work = partial(theirs.to(device, dtype).generate, idx, attention_mask=torch.ones_like(idx), **options)
-            contenders["transformers generate"] = Contender(work, new_tokens)
-        plain, compiled = (seeded_model("pythia", settings).to(device, dtype).eval() for _ in range(2))
-        contenders["ours"] = Contender(partial(generate, plain), new_tokens)
-        work = partial(generate, compiled, compile_step(compiled))
-        contenders["ours, compiled"] = Contender(work, new_tokens, to_reach)
-        yield compare(f"decode, {name}, 128 + {new_tokens} tokens", contenders, settings.repeats, device)
-    torch._dynamo.config.recompile_limit = 64  # programs of one function, which compile_step has one of per model
-    for batch_size in BATCHES:
-        yield from bench_steps(batch_size, settings, device)
+            theirs = theirs.to(device, dtype)
+            contenders["transformers"] = Contender(partial(theirs, idx, use_cache=True, logits_to_keep=1), idx.numel())
+        for model_name in settings.models.split(","):
+            model = seeded_model(model_name, settings).to(device, dtype).eval()
+            work = partial(prefill, model)
+            contenders[model_name] = Contender(work, idx.numel(), operations=operations_of(work), to_reach="1.0")
+        yield compare(f"prompt of {idx.size(1):,} tokens, {name}", contenders, settings.repeats, device)
 
 
-def bench_steps(batch_size: int, settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Decoding steps of every model, compiled unless it has to be quick; the baseline is the ordinary K/V cache."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens = text_batch(settings, batch_size, 4)[0].to(device)
-    models = {name: seeded_model(name, settings).to(device, dtype).eval() for name in MODELS}
-    steps = models if settings.quick else {name: compile_step(model) for name, model in models.items()}
+@torch.no_grad()
+def bench_decode(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Greedy decoding of one row, prompt 128 + 256 new tokens, beside what a user would take instead."""
+    new, idx = 32 if settings.quick else 256, text_batch(settings, 1, 128)[0].to(device)
+    contenders = {}
+    if theirs := transformers_model(settings):
+        options = {
+            "attention_mask": torch.ones_like(idx),
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+            "do_sample": False,
+        }
+        for name, dtype in DTYPES.items():
+            work = partial(
+                copy.deepcopy(theirs).to(device, dtype).generate, idx, **options, attention_mask=torch.ones_like(idx)
+            )
+            contenders[f"transformers {name}"] = Contender(work, new)
+    for path in settings.gguf.split(",") if settings.gguf else []:
+        contenders[f"llama.cpp {Path(path).name}"] = Contender(llama_cpp_work(path, idx[0].tolist(), new), new)
+    if settings.ct2:
+        contenders["CTranslate2 float32"] = Contender(ctranslate2_work(settings.ct2, idx[0].tolist(), new), new)
+    for weights, rounded in (("float32", False), ("bfloat16", True)):
+        model = decoding_model("pythia", settings, device, rounded=rounded)
+        cache = model.init_cache(1, 128 + new)
 
-    def decode(step: Any, cache: Any) -> None:
-        cache.length = cache.max_len - tokens.size(1)  # how long a step takes depends on how much it reads, not on what
-        for token in tokens.split(1, dim=1):
-            step(token, cache=cache)[0].argmax(dim=-1)
+        def generate(model: Any = model, cache: Cache = cache) -> None:
+            cache.length = 0
+            list(stream_tokens(model, idx, cache, new, temperature=0))
 
-    for length in LENGTHS[:2] if settings.quick else LENGTHS:
-        contenders = {}
-        for name, model in models.items():
-            cache = model.init_cache(batch_size, length)
-            for tensor in cache.tensors():
-                if tensor.is_floating_point():
-                    tensor.normal_()  # pages that were never written are read from one page of zeros
-            work = partial(decode, steps[name], cache)
-            contenders[f"{name}, cache {cache.nbytes / 2**20:,.1f} MiB"] = Contender(work, tokens.numel())
-        yield compare(f"decode, {length:,} tokens, batch {batch_size}", contenders, settings.repeats, device)
+        read = new * (weight_bytes(model, rounded=rounded) + cache.nbytes * (128 + new / 2) / (128 + new))
+        contenders[f"ours, weights {weights}"] = Contender(generate, new, read)
+    yield compare(f"128 + {new} tokens", contenders, settings.repeats, device)
+
+
+def llama_cpp_work(path: str, prompt: list[int], new: int) -> Callable[[], Any]:
+    from llama_cpp import Llama  # type: ignore[import-not-found, unused-ignore]
+
+    model = Llama(path, n_ctx=512, n_threads=torch.get_num_threads(), n_batch=512, verbose=False)
+
+    def work() -> None:
+        model.reset()
+        tokens = prompt
+        for _ in range(new):
+            model.eval(tokens)
+            tokens = [model.sample(temp=0.0)]
+
+    return work
+
+
+def ctranslate2_work(folder: str, prompt: list[int], new: int) -> Callable[[], Any]:
+    import ctranslate2  # type: ignore[import-not-found, unused-ignore]
+
+    model = ctranslate2.Generator(folder, compute_type="float32", intra_threads=torch.get_num_threads())
+    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
+    tokens = [[vocabulary[i] for i in prompt]]
+    options = {"max_length": new, "min_length": new, "include_prompt_in_result": False}
+    return lambda: model.generate_batch(tokens, **options)
+
+
+@torch.no_grad()
+def bench_steps(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One decoding step of every model at the end of its cache; the baseline is the ordinary K/V cache."""
+    for dtype_name, dtype in DTYPES.items():
+        rounded = dtype == torch.bfloat16
+        models = {n: decoding_model(n, settings, device, rounded=rounded) for n in settings.models.split(",")}
+        for batch_size, length in STEPS[::3] if settings.quick else STEPS:
+            contenders = {}
+            for name, model in models.items():
+                cache = filled_cache(model, batch_size, length, dtype)
+                token = text_batch(settings, batch_size, 1)[0].to(device)
+                work = partial(decode_step, model, token, cache)
+                operations = operations_of(partial(decode_step, seeded_model(name, settings), token, cache))
+                read = weight_bytes(model, rounded=rounded) + cache.nbytes
+                contenders[f"{name}, cache {cache.nbytes / 2**20:,.1f} MiB"] = Contender(
+                    work, batch_size, read, operations, "70% of the limit"
+                )
+            yield compare(f"{length:,} tokens, batch {batch_size}, {dtype_name}", contenders, settings.repeats, device)
+
+
+def filled_cache(model: Any, batch_size: int, length: int, dtype: torch.dtype) -> Cache:
+    """A full cache of any numbers: how long a step takes depends on how much it reads, not on what."""
+    cache = copy.deepcopy(model).to(dtype).init_cache(batch_size, length)
+    for tensor in cache.tensors():
+        if tensor.is_floating_point():
+            tensor.normal_()  # pages that were never written are read from one page of zeros
+    return cache
+
+
+def decode_step(model: Any, token: Tensor, cache: Cache) -> None:
+    cache.length = cache.max_len - 1
+    model(token, cache=cache)[0].argmax(dim=-1)
+
+
+@torch.no_grad()
+def bench_rows(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """What a smaller cache is for: rows that fit into BUDGET, and tokens/s of all rows together, as many as fit."""
+    for length in (2048, 32768):
+        contenders, fits = {}, []
+        for name in settings.models.split(","):
+            model = decoding_model(name, settings, device, rounded=False)
+            weights = sum(p.nbytes for p in model.parameters())
+            with torch.device("meta"):
+                row = seeded_model(name, settings).init_cache(1, length).nbytes
+            fits.append([name, *(f"{max(budget - weights, 0) // row:,}" for budget in (BUDGET, 80 * BUDGET))])
+            for rows in [rows for rows in ROWS if weights + rows * row <= BUDGET]:
+                cache = filled_cache(model, rows, length, torch.float32)
+                token = text_batch(settings, rows, 1)[0].to(device)
+                contenders[f"{name} x {rows}"] = Contender(partial(decode_step, model, token, cache), rows)
+        print("\n" + format_table([f"rows of {length:,} tokens that fit", "1 GiB", "80 GiB"], fits))
+        yield compare(f"all rows at {length:,} tokens, 1 GiB", contenders, settings.repeats, device)
 
 
 def bench_attention(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -197,9 +345,12 @@ def bench_attention(settings: BenchSettings, device: torch.device) -> Iterator[d
     def plain() -> Tensor:
         return alibi.apply_to_scores(q @ k.transpose(2, 3) / math.sqrt(64), T).softmax(dim=-1).to(v.dtype) @ v
 
+    causal = 3 * 4 * B * 8 * 64 * T * T // 2  # operations of what a causal mask leaves; backward twice the forward
     contenders = {
-        "matmul, bias, softmax": Contender(lambda: plain().sum().backward(), B * T),
-        "bias as extra dimensions": Contender(lambda: alibi_attention(q, k, v, 0.0625).sum().backward(), B * T, "3.0"),
+        "matmul, bias, softmax": Contender(lambda: plain().sum().backward(), B * T, operations=causal),
+        "bias as extra dimensions": Contender(
+            lambda: alibi_attention(q, k, v, 0.0625).sum().backward(), B * T, operations=causal, to_reach="3.0"
+        ),
     }
     yield compare(f"attention with ALiBi, {B} x 8 x {T:,}", contenders, settings.repeats, device)
 
@@ -219,12 +370,20 @@ def bench_contexts(settings: BenchSettings, device: torch.device) -> Iterator[di
 
     contenders = {
         "plain loop of module calls": Contender(plain, num_tokens // PLAIN_SHARE),
-        "lanes in lockstep": Contender(partial(exact_contexts, block, table, tokens), num_tokens, "25"),
+        "lanes in lockstep": Contender(partial(exact_contexts, block, table, tokens), num_tokens, to_reach="25"),
     }
     yield compare("exact context cache", contenders, settings.repeats, device)
 
 
-BENCHES = {"train": bench_train, "decode": bench_decode, "attention": bench_attention, "contexts": bench_contexts}
+BENCHES = {
+    "train": bench_train,
+    "prefill": bench_prefill,
+    "decode": bench_decode,
+    "steps": bench_steps,
+    "rows": bench_rows,
+    "attention": bench_attention,
+    "contexts": bench_contexts,
+}
 
 
 def main() -> None:
@@ -232,6 +391,7 @@ def main() -> None:
     device = pick_device(settings.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = f"{card} {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine += f", {torch.backends.cpu.get_cpu_capability()}"
     machine += ", malloc's thresholds raised" if "MALLOC_MMAP_THRESHOLD_" in os.environ else ""
     print(machine, flush=True)
     make_folder(folder := Path(settings.out_dir))

@@ -1,19 +1,21 @@
 """The fast forms of kit/fast.py against the plain ones that they stand for."""
 
+import copy
+import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tokens, randomise
-from test_models import CONFIGS, build, make_model
-from torch import Tensor
-from torch._dynamo.testing import CompileCounter
+from conftest import make_tokens
+from test_models import make_model
+from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from configurator import MODELS
-from kit.fast import LOSS_ROWS, compile_step, head_loss, next_token_loss, score_tokens
+from kit import fast
+from kit.fast import LOSS_ROWS, head_loss, next_token_loss, prepare_decoding, round_weights, score_tokens
 
 # ------------------------------------------------------------------------------------------- the loss without logits
 
@@ -87,28 +89,90 @@ def test_scores_of_tokens() -> None:
     assert torch.equal(right, logits.argmax(-1) == targets)
 
 
-# ------------------------------------------------------------------------------------------------ decoding, compiled
+# ------------------------------------------------------------------------------------- decoding, by kit/decode.cpp
 
 
-@pytest.mark.parametrize(("num_rows", "name"), [*((1, name) for name in MODELS), (2, "mla")])
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The compiled kernels, for one test."""
+    monkeypatch.setattr(fast, "kernels", None)
+    prepare_decoding(nn.Linear(1, 1))
+    return fast.kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 70, 512), (8, 70, 500), (11, 33, 64), (3, 5, 7)], ids=str)
+def test_a_product_with_a_few_rows(kernels: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Of any sizes, and of a part of a matrix's columns."""
+    M, N, K = shape
+    x, W, b = torch.randn(1, M, K), torch.randn(N, K + 3).to(dtype)[:, 3:], torch.randn(N)
+    expected = x.double() @ W.double().T + b
+    torch.testing.assert_close(kernels.linear(x, W, b).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("B", "H", "G", "P", "D", "Dv"), [(1, 8, 8, 300, 64, 64), (2, 8, 1, 777, 128, 128), (1, 12, 2, 5, 24, 41)]
+)
+def test_attention_of_one_token(
+    kernels: Any, B: int, H: int, G: int, P: int, D: int, Dv: int, dtype: torch.dtype
+) -> None:
+    """Of groups of heads, over positions in several blocks and parts, with scores beyond what exp holds."""
+    q, k, v = torch.randn(B, H, 1, D), torch.randn(B, G, P, D).to(dtype), torch.randn(B, G, P, Dv).to(dtype)
+    bias = 100 * torch.randn(P).expand(B, H, -1)
+    for given in (bias, None):
+        scores = 0.3 * q.double() @ k.double().repeat_interleave(H // G, 1).transpose(2, 3)
+        scores = scores if given is None else scores + given[:, :, None]
+        expected = scores.softmax(dim=-1) @ v.double().repeat_interleave(H // G, 1)
+        torch.testing.assert_close(fast.attend(q, k, v, 0.3, given).double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_every_model_decodes_the_same_after_prompts_of_any_length(
+    monkeypatch: pytest.MonkeyPatch, kernels: Any
+) -> None:
+    """One row and several; nothing is compiled for a model, a length or a number of rows."""
+    builds: list[Any] = []
+    monkeypatch.setattr(cpp_extension, "_write_ninja_file_and_build_library", lambda *_, **__: builds.append(1))
+    for name, num_rows, prompt in itertools.product(MODELS, (1, 2), (1, 7, 30)):
+        model, idx = make_model(name), make_tokens(num_rows, 41)
+        with torch.no_grad():
+            full = model(idx)[0]
+            prepare_decoding(model)
+            cache = model.init_cache(num_rows, 41)
+            chunks = idx.split([prompt, *[1] * (41 - prompt)], dim=1)
+            logits = torch.cat([model(chunk, cache=cache)[0] for chunk in chunks], dim=1)
+        torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
+    assert not builds
+
+
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_compiled_steps_are_the_model_s(num_rows: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a few programs for all 34 positions; a layer that is not compiled parts them in two."""
-    counter, compiled = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, options, **keys: compiled(function, backend=counter, **keys))
-    torch._dynamo.reset()
-    model, idx = make_model(name), make_tokens(num_rows, 41)
-    full, step, cache = model(idx)[0], compile_step(model), model.init_cache(num_rows, 41)
-    model(idx[:, :7], cache=cache)
-    logits = torch.cat([step(token, cache=cache)[0] for token in idx[:, 7:].split(1, dim=1)], dim=1)
-    torch.testing.assert_close(logits, full[:, 7:], atol=1e-4, rtol=1e-4)
-    assert counter.frame_count <= 4
+def test_rounded_weights_give_the_text_of_float32_with_them(name: str, kernels: Any) -> None:
+    """Each matrix is read in bfloat16, whether the cache is float32, which is exact, or bfloat16, which is near."""
+    model, idx = make_model(name), make_tokens(2, 12)
+    plain, before = copy.deepcopy(model), model(idx)[0]
+    for weight in plain.parameters():
+        if weight.dim() == 2:
+            weight.copy_(weight.bfloat16())
+    prepare_decoding(model)
+    round_weights(model)
+    assert torch.equal(model.generate(idx, 20, temperature=0), plain.double().generate(idx, 20, temperature=0))
+    assert not torch.equal(model(idx)[0], before)
+    cache = copy.deepcopy(model).bfloat16().init_cache(2, 12)
+    logits = torch.cat([model(chunk, cache=cache)[0] for chunk in idx.split([5, *[1] * 7], dim=1)], dim=1)
+    assert (logits - model(idx)[0]).norm() < 0.02 * logits.norm()
 
 
-@torch.no_grad()
-def test_a_step_that_is_compiled_for_the_machine() -> None:
-    config: Any = CONFIGS["mla"]
-    model, idx = randomise(build(replace(config, num_layers=1))), make_tokens(1, 41)
-    full, step, cache = model(idx)[0], compile_step(model), model.init_cache(1, 41)
-    logits = torch.cat([step(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
-    torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
+def test_without_a_compiler_it_says_so_and_decodes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Ninja is required\nmore")
+
+    monkeypatch.setattr(fast, "kernels", None)
+    monkeypatch.setattr(cpp_extension, "load", fails)
+    model, idx = make_model("mla"), make_tokens(1, 9)
+    expected = model.generate(idx, 5, temperature=0)
+    prepare_decoding(model)
+    assert "slower without a C++ compiler" in capsys.readouterr().out
+    assert torch.equal(model.generate(idx, 5, temperature=0), expected)

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import pythia_base
 from kit.files import InputError
 from model_infini import InfiniConfig, InfiniPythiaModel
 from model_mla import MLAConfig, MLAPythiaModel
-from pythia_base import Cache, PythiaConfig, PythiaModel, draw_token, rotate, stream_tokens
+from pythia_base import Cache, PythiaConfig, PythiaModel, draw_token, stream_tokens
 from train import make_optimizer
 
 RELEASED: dict[str, Any] = {  # config.json of EleutherAI/pythia-70m
@@ -179,7 +180,12 @@ def test_a_bfloat16_model_keeps_its_angles_and_slopes_in_float32(monkeypatch: py
 
     model.bfloat16()
     kept = error()
-    monkeypatch.setattr(pythia_base, "rotate", lambda x, p, config: rotate(x, p.to(x.dtype), config))
+    rope_turns = pythia_base.rope_turns
+
+    def rounded(positions: range, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(turns[torch.tensor(positions).bfloat16().long()] for turns in rope_turns(range(601), *rest))
+
+    monkeypatch.setattr(pythia_base, "rope_turns", rounded)
     assert kept < 0.02 < error()
     slopes = InfiniPythiaModel(InfiniConfig(alibi_scale=1 / 3, use_alibi=True)).layers[0].attention.bfloat16().slopes
     expected = torch.tensor([2.0 ** -(h + 1) / 3 for h in range(8)])
@@ -205,10 +211,10 @@ def test_tokens_are_drawn_by_temperature_from_the_top_k(top_k: int | None, kept:
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_padding_rows_of_the_vocabulary_are_never_drawn(temperature: float) -> None:
-    def model(idx: Tensor, cache: Cache) -> tuple[Tensor, None]:
-        return torch.arange(100.0).expand(*idx.shape, -1), None  # the padding rows are the likeliest
+    def hidden_states(idx: Tensor, cache: Cache) -> Tensor:
+        return torch.arange(100.0).expand(*idx.shape, -1)  # the padding rows are the likeliest
 
-    prompt = torch.zeros(4, 2, dtype=torch.long)
+    model, prompt = SimpleNamespace(hidden_states=hidden_states, head_weight=torch.eye(100)), torch.zeros(4, 2).long()
     drawn = torch.cat(list(stream_tokens(model, prompt, Cache([], 0), 50, temperature, num_tokens=90)))
     assert drawn.shape == (200, 1)
     assert drawn.max() == 89
