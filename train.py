@@ -7,7 +7,6 @@ A run writes out_dir: ckpt.pt (the last state), best.pt (the best validation los
 is finished, summary.json. The same command again goes on from the last checkpoint, bit for bit.
 """
 
-import contextlib
 import json
 import math
 import sys
@@ -30,18 +29,15 @@ from eval import evaluate_contexts, evaluate_model
 from kit.contexts import ContextSettings, context_cache, exact_contexts, window_contexts, window_error
 from kit.fast import safe_exp
 from kit.files import InputError, one_line, run
-from kit.report import format_summary, format_table
-from kit.runs import RunFolder, StopRequest, World, git_commit, model_args, open_world, read_checkpoint
+from kit.report import format_summary
+from kit.runs import RunFolder, World, git_commit, open_world, read_checkpoint, stop_signals
 from kit.text import load_tokenizer
 from kit.tokens import Documents, TokenFile, Windows, load_tokens, window_batch
-from kit.weights import read_gpt2_table
+from kit.weights import model_args, read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import PrepSettings, prepare
 
-SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
 LOWER_RATE = "stopped, ckpt.pt keeps the last good state; a lower learning_rate may help"
-NOT_TRAINED_HERE = {"parents": [], "tokens_seen": 0, "context_blocks": []}  # in the place of a checkpoint
-OACD = ("batch_size", "context_noise", "centroid_weight", "gradient_clip", "convergence_threshold")  # its settings
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,8 @@ class Run:
 # ------------------------------------------------------------------------------ a language model, phases lm and phase2
 
 
-def train_language_model(run: Run) -> int:
-    """Next-token cross entropy, to the end or to a signal. Returns the signal that stopped it, 0 if none did."""
+def train_language_model(run: Run) -> None:
+    """Next-token cross entropy, to the end or to a signal, which becomes the exit status."""
     s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
     if s.phase == "phase2":
         model.freeze_for_phase2()
@@ -148,51 +144,51 @@ def train_language_model(run: Run) -> int:
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)  # keeps small gradients above zero
     parts: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler, "batches": batches}
-    tokens_seen, tokens_a_step = run.head["tokens_seen"], s.batch_size * s.gradient_accumulation_steps * s.block_size
-    step, best_val_loss, evaluations_without_gain, train_seconds = 0, math.inf, 0, 0.0
+    step, tokens_seen, train_seconds = (run.head[key] for key in ("iter_num", "tokens_seen", "train_seconds"))
+    best_val_loss, evaluations_without_gain = math.inf, 0
+    if s.eval_only:
+        world.say(f"step {step} | val loss {validate(run, autocast):.4f}")
+        return
     if checkpoint is not None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
-        step, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-        evaluations_without_gain, train_seconds = checkpoint["evaluations_without_gain"], checkpoint["train_seconds"]
-    if s.eval_only:
-        world.say(f"step {step} | val loss {validate(run, autocast):.4f}")
-        return 0
-    trained = model  # what a training step calls: the model, compiled and shared as asked
-    if s.compile if s.compile is not None else world.device.type == "cuda":
-        trained = torch.compile(trained)
-    if world.size > 1:
-        trained = DistributedDataParallel(trained)
+        best_val_loss, evaluations_without_gain = checkpoint["best_val_loss"], checkpoint["evaluations_without_gain"]
+    is_compiled = world.device.type == "cuda" if s.compile is None else s.compile
+    trained: Any = torch.compile(model) if is_compiled else model  # what a training step calls
+    trained = DistributedDataParallel(trained) if world.size > 1 else trained
     world.say(f"{world.device} x {world.size}, {dtype}; {batches}; steps {step} to {s.max_iters}")
+    if world.device.type == "cpu" and s.width_divisor == 1:
+        world.say("slow on a CPU? With config/laptop.py on top a model is four times narrower")
     run.folder.begin(run.head, checkpoint)
 
     losses: list[Tensor] = []  # of the steps since they were last looked at
     is_due, first_step, received, started = checkpoint is None, step, 0, time.perf_counter()
-    with StopRequest() as stop:
+    tokens_a_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    with stop_signals() as signals:
         while True:
             # evaluate
-            names = ["ckpt.pt"]
+            is_best = False
             if is_due:
                 val_loss = validate(run, autocast)
                 gain = safe_exp(best_val_loss) - safe_exp(val_loss)  # in PPL
                 is_best = val_loss < best_val_loss
                 evaluations_without_gain = 0 if is_best and gain >= s.min_ppl_gain else evaluations_without_gain + 1
-                if is_best:  # best.pt first: killed between the two, the run comes to this best state again
-                    best_val_loss, names = val_loss, ["best.pt", "ckpt.pt"]
+                best_val_loss = min(best_val_loss, val_loss)
                 world.say(f"step {step} | val loss {val_loss:.4f}" + (" (best)" if is_best else ""))
                 run.folder.log({"step": step, "val_loss": val_loss, "tokens_seen": tokens_seen})
 
-            # save; a checkpoint is never ahead of what was logged
+            # save; a checkpoint is never ahead of what was logged, nor of best.pt
             if is_due or received:
-                state = {**run.head, "iter_num": step, "model": model.state_dict(), "rng": torch.get_rng_state()}
-                state |= {name: part.state_dict() for name, part in parts.items()}
+                state = {"iter_num": step, "tokens_seen": tokens_seen, "train_seconds": train_seconds}
                 state |= {"best_val_loss": best_val_loss, "evaluations_without_gain": evaluations_without_gain}
-                run.folder.save(state | {"tokens_seen": tokens_seen, "train_seconds": train_seconds}, *names)
+                state |= {name: part.state_dict() for name, part in [("model", model), *parts.items()]}
+                names = ["best.pt", "ckpt.pt"] if is_best else ["ckpt.pt"]
+                run.folder.save({**run.head, **state, "rng": torch.get_rng_state()}, *names)
                 started = time.perf_counter()  # none of this is the training's time
             if received:
                 world.say(f"stopped at step {step}; the same command goes on from here")
-                return received
+                sys.exit(128 + received)
             if s.patience is not None and evaluations_without_gain >= s.patience:
                 world.say(f"no better validation loss in {s.patience} evaluations: stopping early")
                 break
@@ -222,7 +218,7 @@ def train_language_model(run: Run) -> int:
             step, tokens_seen = step + 1, tokens_seen + tokens_a_step
 
             # log
-            received = stop.agreed(world)
+            received = world.agree(signals)
             is_due = step % s.eval_interval == 0 or step == s.max_iters
             if step % s.log_interval == 0 or step == first_step + 1 or is_due or received:
                 values, losses = torch.stack(losses).tolist(), []
@@ -231,12 +227,11 @@ def train_language_model(run: Run) -> int:
                     raise InputError(f"the loss of step {bad} is no number: {LOWER_RATE}")
                 seconds = time.perf_counter() - started
                 train_seconds, started = train_seconds + seconds, time.perf_counter()
-                speed, left = len(values) * tokens_a_step / seconds, (s.max_iters - step) * seconds / len(values)
-                said = f"step {step}/{s.max_iters} | loss {sum(values) / len(values):.4f} | lr {lr:.2e}"
-                world.say(f"{said} | {speed:,.0f} tokens/s | {tqdm.format_interval(left)} left")
-                run.folder.log({"step": step, "losses": values, "lr": lr, "tokens_per_s": speed})
-                if step == first_step + 1 and world.device.type == "cpu" and left > SLOW_RUN_SECONDS:
-                    world.say("long for a CPU: with config/laptop.py on top a model is four times narrower")
+                loss, speed = sum(values) / len(values), len(values) * tokens_a_step / seconds
+                left = tqdm.format_interval((s.max_iters - step) * seconds / len(values))
+                said = f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {speed:,.0f} tokens/s"
+                world.say(f"{said} | {left} left")
+                run.folder.log({"step": step, "loss": loss, "losses": values, "lr": lr, "tokens_per_s": speed})
 
     figures = {"steps": step, "tokens_seen": tokens_seen, "best_val_loss": best_val_loss}
     if s.final_eval and world.is_main:
@@ -244,7 +239,6 @@ def train_language_model(run: Run) -> int:
         figures |= evaluate_model(model, run.val_data, tokenizer, s.block_size, s.batch_size, blocks)
     world.say(format_summary(finish(run, train_seconds, figures)))
     world.say(f"\nnext: python sample.py {run.folder.path}   or   python eval.py {run.folder.path}")
-    return 0
 
 
 def make_batches(run: Run) -> Windows | Documents:
@@ -253,8 +247,9 @@ def make_batches(run: Run) -> Windows | Documents:
     rows, limit = s.batch_size * s.gradient_accumulation_steps, model.config.max_position_embeddings
     if s.block_size > limit:
         raise InputError(f"block_size={s.block_size} is above the model's limit of {limit}")
-    if rows % world.size:
-        raise InputError(f"batch_size x gradient_accumulation_steps = {rows} is no multiple of {world.size} processes")
+    if rows % world.size or rows > len(data.tokens):
+        fits = f"a multiple of {world.size} processes, at most the {len(data.tokens)} training tokens"
+        raise InputError(f"batch_size x gradient_accumulation_steps = {rows} has to be {fits}")
     windows = data, s.block_size, rows, s.batch_size, s.seed, world
     if s.tokens_per_doc is not None:
         segment_len = getattr(model.config, "segment_len", None)
@@ -266,7 +261,7 @@ def make_batches(run: Run) -> Windows | Documents:
         return Windows(*windows)
     making = ContextSettings(init_from=s.init_from)
     cached = context_cache(model, data, making) if s.context_cache else None
-    if cached is None:
+    if cached is None and run.checkpoint is None:
         error = window_error(model, data.tokens, making.overlap)
         world.say(f"contexts: of each batch, from {making.overlap} tokens before its windows; at most {error:.0e} off")
 
@@ -281,11 +276,11 @@ def make_batches(run: Run) -> Windows | Documents:
 
 
 @torch.no_grad()
-def validate(run: Run, autocast: contextlib.AbstractContextManager[Any]) -> float:
+def validate(run: Run, autocast: torch.autocast) -> float:
     """Mean loss over eval_iters micro-batches of windows, spread evenly over the validation data."""
     s, world, tokens = run.settings, run.world, run.val_data.tokens
     block_size = min(s.block_size, len(tokens) - 1)
-    count = max(1, min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size))
+    count = min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size)
     starts = np.linspace(0, len(tokens) - 1 - block_size, count).astype(np.int64)[world.rank :: world.size]
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
     for first in range(0, len(starts), s.batch_size):
@@ -329,31 +324,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # ------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
 
 
-def train_context_blocks(run: Run) -> int:
-    """Each ContextBlock alone, without labels (OACD). Returns the signal that stopped it, 0 if none did."""
+def train_context_blocks(run: Run) -> None:
+    """Each ContextBlock alone, without labels (OACD), to the end or to a signal, which becomes the exit status."""
     s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
     if world.size > 1:
         raise InputError("phase='phase1' trains in one process: start it without torchrun")
-    reports: list[dict[str, Any]] = []  # of the blocks that are trained
-    step, train_seconds, half_trained = 0, 0.0, None
-    if checkpoint is not None:
-        reports, half_trained = checkpoint["context_blocks"], checkpoint["block"]
-        step, train_seconds = checkpoint["iter_num"], checkpoint["train_seconds"]
+    step, train_seconds = run.head["iter_num"], run.head["train_seconds"]
+    reports, half_trained = (checkpoint["context_blocks"], checkpoint["block"]) if checkpoint else ([], None)
     run.folder.begin(run.head, checkpoint)
 
     def save(half_trained: dict[str, Any] | None) -> None:
-        state = {**run.head, "iter_num": step, "model": model.state_dict(), "context_blocks": reports}
-        run.folder.save(state | {"block": half_trained, "train_seconds": train_seconds}, "ckpt.pt")
+        state = {"iter_num": step, "train_seconds": train_seconds, "context_blocks": reports, "block": half_trained}
+        run.folder.save({**run.head, **state, "model": model.state_dict()}, "ckpt.pt")
 
     table, parts = model.embed_in.weight, block_parts(run.train_data.tokens, len(model.context_blocks), s)
-    settings = {name: getattr(s, name) for name in OACD}
-    with StopRequest() as stop:
+    keys = ("batch_size", "context_noise", "centroid_weight", "gradient_clip", "convergence_threshold")
+    settings = {key: getattr(s, key) for key in keys}
+    with stop_signals() as signals:
         for number in range(len(reports), len(parts)):
             block, tokens = model.context_blocks[number], parts[number]
             torch.manual_seed(s.seed + number)
             optimizer = torch.optim.Adam(block.parameters(), lr=s.learning_rate)
             contexts, rate, iteration = first_contexts(len(tokens), block.context_dim), 0.0, 0
-            if half_trained is not None:
+            if half_trained:
                 optimizer.load_state_dict(half_trained["optimizer"])
                 torch.set_rng_state(half_trained["rng"])
                 contexts, rate, iteration = (half_trained[key] for key in ("contexts", "rate", "iteration"))
@@ -368,37 +361,34 @@ def train_context_blocks(run: Run) -> int:
                     raise InputError(f"the loss of iteration {iteration} is no number: {LOWER_RATE}")
                 world.say(f"iteration {iteration:3} | loss {loss:.5f} | convergence {rate:.1%} | {seconds:.2f}s")
                 run.folder.log({"step": step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
-                received = stop.signal
+                received = world.agree(signals)
                 if iteration % s.checkpoint_interval == 0 or received:
                     state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
                     save(state | {"contexts": contexts, "rate": rate, "iteration": iteration})
                 if received:
                     world.say(f"stopped at iteration {iteration}; the same command goes on from here")
-                    return received
+                    sys.exit(128 + received)
             exact = exact_contexts(block, table, tokens)
-            share = compute_convergence_rate(contexts, exact, s.convergence_threshold)
+            share, rank = compute_convergence_rate(contexts, exact, s.convergence_threshold), effective_rank(exact)
             report = {"block": number, "context_dim": block.context_dim, "tokens": len(tokens), "iterations": iteration}
-            report |= {"convergence_rate": rate, "exact_share": share, "effective_rank": effective_rank(exact)}
+            report |= {"convergence_rate": rate, "exact_share": share, "effective_rank": rank}
             report |= {"num_tokens": s.num_tokens, "noise": s.context_noise, "threshold": s.convergence_threshold}
             reports.append(report)
             save(None)
+            world.say(f"converged {rate:.1%}, {share:.1%} as exact, {rank_text(rank, block.context_dim)}")
 
     heldout = evaluate_contexts(model, run.val_data.tokens, reports)
     rates, ranks = heldout["context_convergence_rates"], heldout["context_effective_ranks"]
-    rows = []
-    for report, rate, rank in zip(reports, rates, ranks, strict=True):
-        report |= {"heldout_convergence_rate": rate, "heldout_effective_rank": rank}
-        shares = [f"{report[key]:.1%}" for key in ("convergence_rate", "heldout_convergence_rate", "exact_share")]
-        d = report["context_dim"]
-        shown = [f"{r:.1f}/{d} = {r / d:.1%}" for r in (report["effective_rank"], rank)]
-        rows.append([str(report["block"]), *shares, *shown])
-    rank, width = heldout["context_effective_rank"], heldout["context_dim"]
-    rows.append(["side by side", "", "", "", "", f"{rank:.1f}/{width} = {rank / width:.1%}"])
-    print(format_table(["ContextBlock", "converged", "held out", "as exact", "effective rank", "held out"], rows))
-    together = {"context_dim": width, "heldout_effective_rank": rank}
-    finish(run, train_seconds, {"steps": step, "blocks": reports, "all_blocks": together})
-    print(f"\ncheckpoint {run.folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={run.folder.path}")
-    return 0
+    for number, (rate, rank) in enumerate(zip(rates, ranks, strict=True)):
+        width = reports[number]["context_dim"]
+        world.say(f"ContextBlock {number} on held-out tokens: converged {rate:.1%}, {rank_text(rank, width)}")
+    world.say(f"all side by side: {rank_text(heldout['context_effective_rank'], heldout['context_dim'])}")
+    finish(run, train_seconds, {"steps": step, "blocks": reports, **heldout})
+    world.say(f"\ncheckpoint {run.folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={run.folder.path}")
+
+
+def rank_text(rank: float, width: int) -> str:
+    return f"effective rank {rank:.1f}/{width} = {rank / width:.1%}"
 
 
 def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tensor]:
@@ -418,7 +408,7 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
     Raises InputError where its data, its model, what it starts from and its folder do not fit together.
     """
     s, config, table = job.settings, job.model_config, None
-    sources: dict[str, dict[str, Any]] = {}  # what a new run starts from: the checkpoints, by name
+    sources: dict[str, dict[str, Any]] = {}  # checkpoints that a new run starts from, of a hub's the tokenizer alone
     parent = folder.path if s.init_from == "resume" else Path(s.init_from)
     if s.phase == "phase1" and s.embeddings != "random":
         table, sources[s.embeddings] = load_table(s.embeddings)
@@ -431,6 +421,7 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
     tokenizer = train_data.meta["tokenizer"]
     head: dict[str, Any] = {"config": asdict(s), "model_args": model_args(config), "commit": git_commit()}
     head["data"] = {"tokenizer": tokenizer, "train_sha256": train_data.digest, "val_sha256": val_data.digest}
+    progress = dict[str, Any](iter_num=0, tokens_seen=0, train_seconds=0.0, parents=[], context_blocks=[])
     checkpoint = folder.claim(head)
     goes_on = s.init_from == "resume" or getattr(s, "eval_only", False) or not (folder.path / "summary.json").exists()
     if checkpoint is not None and not goes_on:
@@ -443,7 +434,7 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
         raise InputError(f"phase={s.phase!r}: model={s.model!r} has no ContextBlock to train or to read")
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
-        head |= {key: checkpoint[key] for key in ("parents", "tokens_seen", "context_blocks")}
+        progress = {key: checkpoint[key] for key in progress}
     else:
         if s.init_from != "scratch":
             sources[s.init_from] = start_from(model, job, world)
@@ -453,15 +444,15 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
             if (other := theirs["data"]["tokenizer"]) != tokenizer:
                 message = f"{name} was trained on {other} tokens, {train_data.path} holds {tokenizer} tokens"
                 raise InputError(f"{message}; prep.py --tokenizer={other} makes others")
-        head["parents"] = [parent for name, theirs in sources.items() for parent in [*theirs["parents"], name]]
-        head["tokens_seen"] = sum(theirs["tokens_seen"] for theirs in sources.values())
-        head["context_blocks"] = [block for theirs in sources.values() for block in theirs["context_blocks"]]
+            progress["parents"] += [*theirs.get("parents", []), name]
+            progress["tokens_seen"] += theirs.get("tokens_seen", 0)
+            progress["context_blocks"] += theirs.get("context_blocks", [])
     world.say(f"settings: {json.dumps({**head['config'], 'model_args': head['model_args']})}")
     if job.passed_over:
         world.say(f"a layer could not set: {', '.join(job.passed_over)}")
-    world.say(f"model {s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; run folder {folder.path}")
-    world.say(f"data {train_data.path.parent}: {len(train_data.tokens):,} training tokens")
-    return Run(s, model, train_data, val_data, folder, world, head, checkpoint)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_data.tokens):,} training tokens"
+    world.say(f"model {s.model} on {train_data.path.parent}: {size}; run folder {folder.path}")
+    return Run(s, model, train_data, val_data, folder, world, head | progress, checkpoint)
 
 
 def open_tokens(s: TrainSettings, world: World, vocab_size: int) -> tuple[TokenFile, TokenFile]:
@@ -492,7 +483,7 @@ def start_from(model: Any, job: Job, world: World) -> dict[str, Any]:
         raise InputError(f"init_from={name} holds no ContextBlock that fits this model")
     counts = Counter(became.values())
     world.say(f"from {name}: {counts['copied']} tensors copied, {counts['converted']} converted; new: {', '.join(new)}")
-    return checkpoint or {**NOT_TRAINED_HERE, "data": {"tokenizer": "neox"}}
+    return checkpoint or {"data": {"tokenizer": "neox"}}
 
 
 def load_table(source: str) -> tuple[Tensor, dict[str, Any]]:
@@ -501,10 +492,9 @@ def load_table(source: str) -> tuple[Tensor, dict[str, Any]]:
         model, checkpoint = load_source(source)
         return model.head_weight.detach(), checkpoint or {}
     try:
-        return read_gpt2_table(source), {**NOT_TRAINED_HERE, "data": {"tokenizer": "gpt2"}}
+        return read_gpt2_table(source), {"data": {"tokenizer": "gpt2"}}
     except InputError as error:
-        hint = "a run folder, such as --embeddings=out/pythia, and --embeddings=random need no hub"
-        raise InputError(f"embeddings={source!r}: {one_line(error)}; {hint}") from None
+        raise InputError(f"embeddings={source!r}: {error}; 'random' and a run folder of yours need no hub") from None
 
 
 def finish(run: Run, train_seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
@@ -517,14 +507,11 @@ def finish(run: Run, train_seconds: float, figures: dict[str, Any]) -> dict[str,
 
 
 def main() -> None:
-    job, received = parse_train(sys.argv[1:], PHASES), 0
-    train_phase = train_context_blocks if job.settings.phase == "phase1" else train_language_model
+    job = parse_train(sys.argv[1:], PHASES)
     path = Path(job.settings.out_dir or Path("out", job.name))
     with open_world(job.settings.device) as world, RunFolder(path, world) as folder:
         if (run := open_run(job, folder, world)) is not None:
-            received = train_phase(run)
-    if received:
-        sys.exit(128 + received)
+            (train_context_blocks if job.settings.phase == "phase1" else train_language_model)(run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +24,18 @@ from kit.files import make_folder, run
 from prep import PrepSettings, prepare
 from train import TrainSettings
 
-RECIPES = {  # config -> the run that it needs, and options in which {} is that run's folder
-    "pythia": ("", ""),
-    "phase1": ("", ""),
-    "context_kv_phase1": ("", ""),
-    "phase2": ("phase1", "--init_from={}"),
+RECIPES = {  # config -> its options; {NAME} is the folder of another config's run, which has to be trained before
+    "pythia": "",
+    "phase1": "",
+    "context_kv_phase1": "",
+    "phase2": "--init_from={phase1}",
     # the baseline's tokens and table in the place of GPT-2's, and no early end: all see the same tokens
-    "cascade_phase1": ("pythia", "--dataset=mini --embeddings={}"),
-    "context_kv_phase2": ("context_kv_phase1", "--init_from={}"),
-    "context_kv_50": ("context_kv_phase1", "--init_from={}"),
-    "cascade_phase2": ("cascade_phase1", "--dataset=mini --patience=None --init_from={}"),
-    **{f"mla_kv{width}": ("", "") for width in (64, 128, 256)},
-    **{f"infini{mode}": ("", "") for mode in ("", "_banks2", "_alibi", "_alibi2", "_multi4", "_multi8", "_long")},
+    "cascade_phase1": "--dataset=mini --embeddings={pythia}",
+    "context_kv_phase2": "--init_from={context_kv_phase1}",
+    "context_kv_50": "--init_from={context_kv_phase1}",
+    "cascade_phase2": "--dataset=mini --patience=None --init_from={cascade_phase1}",
+    **{f"mla_kv{width}": "" for width in (64, 128, 256)},
+    **{f"infini{mode}": "" for mode in ("", "_banks2", "_alibi", "_alibi2", "_multi4", "_multi8", "_long")},
 }
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
@@ -57,16 +56,15 @@ def plan(settings: CompareSettings) -> Runs:
     for seed in range(TrainSettings.seed, TrainSettings.seed + settings.seeds):
         endings = layers + [str(seed)] * (seed != TrainSettings.seed)
         folders = {config: Path("out", "-".join([config, *endings])) for config in RECIPES}
-        for config, (needs, options) in RECIPES.items():
+        for config, options in RECIPES.items():
             words = ["train.py", *(f"config/{name}.py" for name in (config, *layers)), f"--seed={seed}"]
-            words += [f"--out_dir={folders[config]}", *options.format(folders.get(needs)).split()]
-            runs[folders[config]] = words, folders.get(needs)
+            words += [f"--out_dir={folders[config]}", *options.format(**folders).split()]
+            runs[folders[config]] = words, next((folders[name] for name in RECIPES if f"{{{name}}}" in options), None)
     return runs
 
 
 def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     """Train so many at a time, each after what it needs; what they print goes to folder. Those that succeeded."""
-    running: list[subprocess.Popen[bytes]] = []
     succeeded: dict[Path | None, Future[bool]] = {}
 
     def train(run_folder: Path, words: list[str], needed: Future[bool] | None) -> bool:
@@ -76,9 +74,8 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
         tqdm.write(f"python {' '.join(words)}")
         output = folder / f"{run_folder.name}.txt"
         with output.open("wb") as file:
-            process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT)
-        running.append(process)
-        if status := process.wait():
+            status = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode
+        if status:
             last = output.read_text(errors="replace").rstrip().rpartition("\n")[2]
             tqdm.write(f"FAILED: {run_folder}, exit status {status}, see {output}: {last}", sys.stderr)
         return status == 0
@@ -89,12 +86,8 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
                 succeeded[run_folder] = pool.submit(train, run_folder, words, succeeded.get(needs))
             for _ in tqdm(as_completed(succeeded.values()), total=len(runs), unit="run"):
                 pass
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in succeeded.values()):
-                for process in running:  # one may have been started in between
-                    process.terminate()
-                time.sleep(0.2)
+        except KeyboardInterrupt:  # of which the trainings heard as well
+            pool.shutdown(cancel_futures=True)
             raise
     return [run_folder for run_folder in runs if succeeded[run_folder].result()]
 
@@ -107,7 +100,7 @@ def main() -> None:
     make_folder(folder)
     processes = settings.processes or (1 if torch.cuda.is_available() else 2)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being killed is like Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))  # being killed is like Ctrl-C
     finished = train_all(runs, processes, folder)
     scored = [str(run_folder) for run_folder in finished if "phase1" not in run_folder.name]
     status = subprocess.run([sys.executable, "eval.py", *scored, f"--out_dir={folder}"]).returncode if scored else 1

@@ -16,7 +16,7 @@ from test_models import make_model
 import pythia_base
 from configurator import parse_train
 from kit.files import InputError
-from kit.runs import model_args
+from kit.weights import model_args
 from model_context import (
     CausalContextAttention,
     ContextBlock,
