@@ -126,7 +126,6 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def run_name(paths: list[str]) -> str:
-    """The names of config files, joined by hyphens."""
     return "-".join(Path(path).stem for path in paths)
 
 

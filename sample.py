@@ -48,14 +48,13 @@ def main() -> None:
     prompt = tokenizer.encode(s.prompt) or [tokenizer.end_of_text]
     idx, length = torch.tensor([prompt], device=device), len(prompt) + s.max_new_tokens
     baseline = baseline_cache_bytes(model.config, length)
+    temperature = round(s.temperature, 6)  # less is greedy as well, but nothing that float32 can divide by
     torch.manual_seed(s.seed)
     for _ in range(s.num_samples):
         cache, started = model.init_cache(1, length), time.perf_counter()
         print(s.prompt, end="", flush=True)
         pending: list[int] = []  # a character that several tokens share waits for the last of them
-        temperature = round(s.temperature, 6)  # what is drawn at less is greedy, and cannot be divided by in float32
-        limits = (s.max_new_tokens, temperature, s.top_k, tokenizer.n_vocab)
-        for token in stream_tokens(model, idx, cache, *limits, step):
+        for token in stream_tokens(model, idx, cache, s.max_new_tokens, temperature, s.top_k, tokenizer.n_vocab, step):
             pending.append(int(token))
             if not (text := tokenizer.decode(pending)).endswith("\ufffd"):
                 print(text, end="", flush=True)

@@ -71,7 +71,7 @@ class LMSettings(TrainSettings):
     warmup_iters: NonNegativeInt = 100  # steps of linear warmup
     lr_decay_iters: PositiveInt | None = None  # step at which min_lr is reached; None: max_iters
     decay_lr: bool = True  # cosine decay after warmup; False keeps learning_rate
-    weight_decay: NonNegativeFloat = 0.1  # AdamW, on matrices only
+    weight_decay: NonNegativeFloat = 0.1  # on matrices only
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # AdamW
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95  # AdamW
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 does not clip
@@ -213,7 +213,7 @@ def train_language_model(run: Run) -> None:
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             losses.append(world.gather(total).mean())
             step, tokens_seen = step + 1, tokens_seen + tokens_a_step
 
@@ -378,11 +378,9 @@ def train_context_blocks(run: Run) -> None:
             world.say(f"converged {rate:.1%}, {share:.1%} as exact, {rank_text(rank, block.context_dim)}")
 
     heldout = evaluate_contexts(model, run.val_data.tokens, reports)
-    rates, ranks = heldout["context_convergence_rates"], heldout["context_effective_ranks"]
-    for number, (rate, rank) in enumerate(zip(rates, ranks, strict=True)):
-        width = reports[number]["context_dim"]
-        world.say(f"ContextBlock {number} on held-out tokens: converged {rate:.1%}, {rank_text(rank, width)}")
-    world.say(f"all side by side: {rank_text(heldout['context_effective_rank'], heldout['context_dim'])}")
+    rates = ", ".join(f"{rate:.1%}" for rate in heldout["context_convergence_rates"])
+    side_by_side = rank_text(heldout["context_effective_rank"], heldout["context_dim"])
+    world.say(f"held-out tokens: converged {rates}, {side_by_side}")
     finish(run, train_seconds, {"steps": step, "blocks": reports, **heldout})
     world.say(f"\ncheckpoint {run.folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={run.folder.path}")
 
@@ -403,10 +401,7 @@ def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tenso
 
 
 def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
-    """The run that a job asks for, new or to go on with; None if it is finished already.
-
-    Raises InputError where its data, its model, what it starts from and its folder do not fit together.
-    """
+    """The run that a job asks for, new or to go on with; None if it is finished already."""
     s, config, table = job.settings, job.model_config, None
     sources: dict[str, dict[str, Any]] = {}  # checkpoints that a new run starts from, of a hub's the tokenizer alone
     parent = folder.path if s.init_from == "resume" else Path(s.init_from)
@@ -442,8 +437,7 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
             model.embed_in.weight.data.copy_(table)
         for name, theirs in sources.items():
             if (other := theirs["data"]["tokenizer"]) != tokenizer:
-                message = f"{name} was trained on {other} tokens, {train_data.path} holds {tokenizer} tokens"
-                raise InputError(f"{message}; prep.py --tokenizer={other} makes others")
+                raise InputError(f"{name} was trained on {other} tokens, {train_data.path} holds {tokenizer} tokens")
             progress["parents"] += [*theirs.get("parents", []), name]
             progress["tokens_seen"] += theirs.get("tokens_seen", 0)
             progress["context_blocks"] += theirs.get("context_blocks", [])

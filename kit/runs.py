@@ -22,12 +22,11 @@ from torch import Tensor
 from kit.files import InputError, make_folder, one_line, replacing
 
 FREE = {"out_dir", "overwrite", "device", "context_cache", "final_eval", "log_to"}  # may change when a run goes on
-FIXED = {"model", "phase", "dataset", "model_args", "data"}  # may not even where it is resumed or looked at
+FIXED = {"model", "phase", "dataset", "model_args", "data"}  # may not, even where it is resumed
 ROWS = {"tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"}  # nor these in documents
 LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "train_seconds", "config", "data", "commit", "parents"}
 LAYOUT |= {"context_blocks"}
-LM_STATE = {"optimizer", "scaler", "batches", "rng", "best_val_loss", "evaluations_without_gain"}
-STATE = {"lm": LM_STATE, "phase1": {"block"}, "phase2": LM_STATE}  # what else a run goes on from
+STATE = {"optimizer", "scaler", "batches", "rng", "best_val_loss", "evaluations_without_gain"}  # of a language model
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class World:
             print(text, flush=True)
 
     def barrier(self) -> None:
-        """Wait for the other processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -106,10 +104,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             self.lock.release()
 
     def claim(self, head: dict[str, Any]) -> dict[str, Any] | None:
-        """Take the folder for a new run (None) or one to go on with (its checkpoint, which head has to fit).
-
-        Raises InputError if it holds another run, or one that is being trained right now.
-        """
+        """Take the folder for a new run (None) or for the one that it holds (its checkpoint, which head has to fit)."""
         settings, file = head["config"], self.path / "ckpt.pt"
         is_resumed, is_look = settings["init_from"] == "resume", settings.get("eval_only", False)
         if self.world.is_main and not is_look:
@@ -132,7 +127,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             shown = ", ".join(f"{k} {theirs.get(k)!r:.80} there, {mine.get(k)!r:.80} here" for k in differing[:3])
             ways = "another --out_dir keeps both, --init_from=resume goes on with it, --overwrite=True replaces it"
             raise InputError(f"{self.path} holds another run ({shown}): {ways}")
-        if not is_look and (missing := STATE[settings["phase"]] - checkpoint.keys()):
+        if not is_look and settings["phase"] != "phase1" and (missing := STATE - checkpoint.keys()):
             raise InputError(f"{file} cannot be gone on from, it has no {', '.join(sorted(missing))}: train it again")
         return checkpoint
 
@@ -152,7 +147,6 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.write_json("config.json", settings)
 
     def save(self, checkpoint: dict[str, Any], *names: str) -> None:
-        """Write a checkpoint under each of the names."""
         if self.world.is_main:
             content = io.BytesIO()
             torch.save(checkpoint, content)
@@ -176,17 +170,19 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 
 
 def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[dict[str, float], int], Any]:
-    """What shows a run's figures, by step, where its setting log_to says: in TensorBoard, in wandb or nowhere.
-
-    A run that is resumed goes on where it was shown before. Raises InputError where that cannot be.
-    """
+    """What shows figures and their step where log_to says; a run that is resumed goes on where it was shown before."""
     name = settings["log_to"]
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(path / name, purge_step=first_step, flush_secs=10)
-            return lambda figures, step: [writer.add_scalar(key, value, step) for key, value in figures.items()]
+
+            def write(figures: dict[str, float], step: int) -> None:
+                for key, value in figures.items():
+                    writer.add_scalar(key, value, step)
+
+            return write
         if name == "wandb":
             import wandb
 

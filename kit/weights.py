@@ -144,10 +144,7 @@ def require_known_source(model: Any, source: Any, baseline: type) -> None:
 
 
 def take_over(model: Any, source: Any, converted: dict[str, Tensor]) -> dict[str, str]:
-    """Give a model the converted tensors, and a source's own where name, shape and the layer's attention are the same.
-
-    Returns, for each tensor of the model, copied, converted or new.
-    """
+    """Give a model converted tensors, and a source's where name, shape and attention are the same -> how each began."""
     theirs, mine = source.state_dict(), model.state_dict()
     attentions = [{n: type(m) for n, m in each.named_modules() if n.endswith(".attention")} for each in (model, source)]
     foreign = tuple(f"{name}." for name, kind in attentions[0].items() if attentions[1].get(name) is not kind)

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,31 +65,35 @@ def plan(settings: CompareSettings) -> Runs:
 
 def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     """Train so many at a time, each after what it needs; what they print goes to folder. Those that succeeded."""
-    succeeded: dict[Path | None, Future[bool]] = {}
-
-    def train(run_folder: Path, words: list[str], needed: Future[bool] | None) -> bool:
-        if needed is not None and not needed.result():
-            tqdm.write(f"FAILED: {run_folder}, not started, because what it needs failed", sys.stderr)
-            return False
-        tqdm.write(f"python {' '.join(words)}")
-        output = folder / f"{run_folder.name}.txt"
-        with output.open("wb") as file:
-            status = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode
-        if status:
-            last = output.read_text(errors="replace").rstrip().rpartition("\n")[2]
-            tqdm.write(f"FAILED: {run_folder}, exit status {status}, see {output}: {last}", sys.stderr)
-        return status == 0
-
-    with ThreadPoolExecutor(processes) as pool:
-        try:
-            for run_folder, (words, needs) in runs.items():
-                succeeded[run_folder] = pool.submit(train, run_folder, words, succeeded.get(needs))
-            for _ in tqdm(as_completed(succeeded.values()), total=len(runs), unit="run"):
-                pass
-        except KeyboardInterrupt:  # of which the trainings heard as well
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [run_folder for run_folder in runs if succeeded[run_folder].result()]
+    waiting, running, failed = dict(runs), dict[Path, subprocess.Popen[bytes]](), set[Path | None]()
+    outputs = {run_folder: folder / f"{run_folder.name}.txt" for run_folder in runs}
+    bar = tqdm(total=len(runs), unit="run")
+    try:
+        while waiting or running:
+            for run_folder, (words, needs) in list(waiting.items()):
+                if needs in failed:
+                    tqdm.write(f"FAILED: {run_folder}, not started, because what it needs failed", sys.stderr)
+                    failed.add(run_folder)
+                    del waiting[run_folder]
+                elif len(running) < processes and needs not in {*waiting, *running}:
+                    tqdm.write(f"python {' '.join(words)}")
+                    del waiting[run_folder]
+                    with outputs[run_folder].open("wb") as file:
+                        running[run_folder] = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file)
+            for run_folder, process in list(running.items()):
+                if (status := process.poll()) is not None:
+                    del running[run_folder]
+                if status:
+                    last = outputs[run_folder].read_text(errors="replace").rstrip().rpartition("\n")[2]
+                    tqdm.write(f"FAILED: {run_folder}, exit status {status}, {outputs[run_folder]}: {last}", sys.stderr)
+                    failed.add(run_folder)
+            bar.update(len(runs) - len(waiting) - len(running) - bar.n)
+            time.sleep(0.2)
+    finally:  # after Ctrl-C too: nothing outlives it
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return [run_folder for run_folder in runs if run_folder not in failed]
 
 
 def main() -> None:
@@ -100,7 +104,7 @@ def main() -> None:
     make_folder(folder)
     processes = settings.processes or (1 if torch.cuda.is_available() else 2)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))  # being killed is like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being killed is like Ctrl-C
     finished = train_all(runs, processes, folder)
     scored = [str(run_folder) for run_folder in finished if "phase1" not in run_folder.name]
     status = subprocess.run([sys.executable, "eval.py", *scored, f"--out_dir={folder}"]).returncode if scored else 1
