@@ -65,7 +65,8 @@ class LMSettings(TrainSettings):
     block_size: PositiveInt = 512  # tokens per window
     tokens_per_doc: PositiveInt | None = None  # train on stretches of documents, their memory carried along
     gradient_accumulation_steps: PositiveInt = 4  # micro-batches per step, shared out among the processes of torchrun
-    learning_rate: NonNegativeFloat = 1e-3  # AdamW, after warmup
+    optimizer: Literal["adamw", "muon"] = "adamw"  # 'muon': Muon for the layers' matrices, AdamW for all the rest
+    learning_rate: NonNegativeFloat = 1e-3  # after warmup
     min_lr: NonNegativeFloat = 1e-4  # learning rate at the end of the decay
     max_iters: NonNegativeInt = 1200  # optimizer steps
     warmup_iters: NonNegativeInt = 100  # steps of linear warmup
@@ -139,11 +140,11 @@ def train_language_model(run: Run) -> None:
     if s.phase == "phase2":
         model.freeze_for_phase2()
     batches = make_batches(run)
-    optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
+    optimizers = make_optimizers(model, s)
     dtype = pick_dtype(s.dtype, world.device)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)  # keeps small gradients above zero
-    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler, "batches": batches}
+    parts: dict[str, Any] = {**optimizers, "scaler": scaler, "batches": batches}
     step, tokens_seen, train_seconds = (run.head[key] for key in ("iter_num", "tokens_seen", "train_seconds"))
     best_val_loss, evaluations_without_gain = math.inf, 0
     if s.eval_only:
@@ -197,8 +198,9 @@ def train_language_model(run: Run) -> None:
 
             # forward, backward, clip, step
             lr = learning_rate_at(step, s)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
             total = torch.zeros(1, device=world.device)
             for micro in range(batches.micro_steps):
                 batch, share = batches.batch(step, micro)  # share of this process's windows
@@ -209,9 +211,11 @@ def train_language_model(run: Run) -> None:
                 scaler.scale(loss * share).backward()
                 total += loss.detach() * share
             if s.grad_clip > 0:
-                scaler.unscale_(optimizer)
+                for optimizer in optimizers.values():
+                    scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            scaler.step(optimizer)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
             scaler.update()
             model.zero_grad(set_to_none=True)
             losses.append(world.gather(total).mean())
@@ -300,15 +304,21 @@ def learning_rate_at(step: int, s: LMSettings) -> float:
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 
-def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW over what is trained: matrices and embeddings decay, biases, LayerNorms and scores of any shape do not."""
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+def make_optimizers(model: Any, s: LMSettings) -> dict[str, torch.optim.Optimizer]:
+    """By their keys in a checkpoint. Matrices and embeddings decay; biases, LayerNorms and any scores do not."""
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.head_weight}
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - tables
+    for_muon = matrices if s.optimizer == "muon" else set()
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed, others = ([p for p in trained if (id(p) in matrices) == decays] for decays in (True, False))
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    decayed = [p for p in trained if p in (tables | matrices) - for_muon]
+    others = [p for p in trained if p not in tables | matrices]
+    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+    if not for_muon:
+        return {"optimizer": adamw}
+    hidden = [p for p in trained if p in for_muon]
+    muon = torch.optim.Muon(hidden, s.learning_rate, s.weight_decay, adjust_lr_fn="match_rms_adamw")  # steps as large
+    return {"optimizer": adamw, "muon": muon}
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -22,7 +22,7 @@ from torch import Tensor
 from kit.files import InputError, make_folder, one_line, replacing
 
 FREE = {"out_dir", "overwrite", "device", "context_cache", "final_eval", "log_to"}  # may change when a run goes on
-FIXED = {"model", "phase", "dataset", "model_args", "data"}  # may not, even where it is resumed
+FIXED = {"model", "phase", "dataset", "model_args", "data", "optimizer"}  # may not, even where it is resumed
 ROWS = {"tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"}  # nor these in documents
 LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "train_seconds", "config", "data", "commit", "parents"}
 LAYOUT |= {"context_blocks"}

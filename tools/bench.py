@@ -36,7 +36,7 @@ from kit.runs import pick_device
 from kit.tokens import load_tokens
 from model_mla import ALiBiPositionEncoding, alibi_attention
 from pythia_base import stream_tokens
-from train import make_optimizer
+from train import LMSettings, make_optimizers
 
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py
 LENGTHS, BATCHES = (256, 2048, 8192), (1, 8)  # tokens in the cache, rows
@@ -132,9 +132,9 @@ def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[dict[
             work = partial(step, theirs, optimizer, dtype, lambda model: next_token_loss(model(idx).logits, targets))
             contenders[f"transformers {name}"] = Contender(work, idx.numel())
     ours = seeded_model("pythia", settings).to(device)
-    optimizer = make_optimizer(ours, 1e-4, 0.1, (0.9, 0.95))
+    fused = make_optimizers(ours, LMSettings())["optimizer"]
     for (name, dtype), to_reach in zip(DTYPES.items(), ("1.0", "2.0"), strict=True):
-        work = partial(step, ours, optimizer, dtype, lambda model: model(idx, targets)[1])
+        work = partial(step, ours, fused, dtype, lambda model: model(idx, targets)[1])
         contenders[f"ours {name}"] = Contender(work, idx.numel(), to_reach)
     yield compare("training step", contenders, settings.repeats, device)
 

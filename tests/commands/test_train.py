@@ -52,6 +52,7 @@ CASCADE = ["--context_dim=8", "--block_size=16", "--gradient_accumulation_steps=
 RUNS = {  # name -> config and options
     "language model": ["pythia.py", *LM],
     "mla": ["mla_kv128.py", *LM, "--kv_dim=4"],
+    "muon": ["pythia.py", *LM, "--optimizer=muon"],
     "documents": ["infini_long.py", *LM, *LONG, *OFTEN],
     "phase 1": ["phase1.py", *TINY[:4], *PHASE_1],
     "kv phase 1": ["context_kv_phase1.py", *TINY[:4], *PHASE_1],
@@ -320,6 +321,7 @@ CUTS = {  # run -> one after the other, its moments, at which call since it was 
         ("validate", 1, False), ("write", 4, False),  # of step 8; between its two checkpoints
         ("batch", 8, True), ("write", 3, False),  # the last step; before summary.json
     ],
+    "muon": [("batch", 2, True), ("batch", 4, False)],
     # stretches end at steps 4 and 8, two micro-batches a step
     "documents": [("batch", 4, True), ("batch", 5, False), ("batch", 6, True), ("batch", 4, True), ("write", 3, False)],
     "phase 1": [("iteration", 2, False), ("iteration", 4, False), ("iteration", 1, True), ("iteration", 4, False)],

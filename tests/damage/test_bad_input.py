@@ -299,6 +299,7 @@ RUNNING += cases(f"train.py config/pythia.py {NARROW}", {
         "runs/pythia holds another run (learning_rate 0.001 there, 0.5 here): another --out_dir",
     "--out_dir=runs/pythia --max_iters=1 --hidden_size=32": "another run",
     "--out_dir=runs/pythia --init_from=resume --num_layers=3": "another run",
+    "--out_dir=runs/pythia --init_from=resume --optimizer=muon": "optimizer 'adamw' there, 'muon' here",
 })  # fmt: skip
 RUNNING += cases(f"train.py config/infini_long.py {NARROW} --out_dir=new", {
     "--tokens_per_doc=64 --segment_len=5": "no multiple of", "--tokens_per_doc=1600000": "no training document has",
