@@ -117,38 +117,24 @@ class Phase1Settings(TrainSettings):
 PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": LMSettings}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A model on its way: what is trained, on what, and from where it goes on."""
-
-    settings: Any  # of the phase
-    model: Any
-    train_data: TokenFile
-    val_data: TokenFile
-    folder: RunFolder
-    world: World
-    head: dict[str, Any]  # what all its checkpoints have in common
-    checkpoint: dict[str, Any] | None  # None: it is new
-
-
 # ------------------------------------------------------------------------------ a language model, phases lm and phase2
 
 
-def train_language_model(run: Run) -> None:
+def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder) -> None:
     """Next-token cross entropy, to the end or to a signal, which becomes the exit status."""
-    s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
+    world, head, checkpoint = folder.world, folder.head, folder.checkpoint
     if s.phase == "phase2":
         model.freeze_for_phase2()
-    batches = make_batches(run)
+    batches = make_batches(s, model, data, folder)
     optimizers = make_optimizers(model, s)
     dtype = pick_dtype(s.dtype, world.device)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)  # keeps small gradients above zero
     parts: dict[str, Any] = {**optimizers, "scaler": scaler, "batches": batches}
-    step, tokens_seen, train_seconds = (run.head[key] for key in ("iter_num", "tokens_seen", "train_seconds"))
+    step, tokens_seen, train_seconds = (head[key] for key in ("iter_num", "tokens_seen", "train_seconds"))
     best_val_loss, evaluations_without_gain = math.inf, 0
     if s.eval_only:
-        world.say(f"step {step} | val loss {validate(run, autocast):.4f}")
+        world.say(f"step {step} | val loss {validate(s, model, val_data, world, autocast):.4f}")
         return
     if checkpoint is not None:
         for name, part in parts.items():
@@ -161,7 +147,7 @@ def train_language_model(run: Run) -> None:
     world.say(f"{world.device} x {world.size}, {dtype}; {batches}; steps {step} to {s.max_iters}")
     if world.device.type == "cpu" and s.width_divisor == 1:
         world.say("slow on a CPU? With config/laptop.py on top a model is four times narrower")
-    run.folder.begin(run.head, checkpoint)
+    folder.begin()
 
     losses: list[Tensor] = []  # of the steps since they were last looked at
     is_due, first_step, received, started = checkpoint is None, step, 0, time.perf_counter()
@@ -171,13 +157,13 @@ def train_language_model(run: Run) -> None:
             # evaluate
             is_best = False
             if is_due:
-                val_loss = validate(run, autocast)
+                val_loss = validate(s, model, val_data, world, autocast)
                 gain = safe_exp(best_val_loss) - safe_exp(val_loss)  # in PPL
                 is_best = val_loss < best_val_loss
                 evaluations_without_gain = 0 if is_best and gain >= s.min_ppl_gain else evaluations_without_gain + 1
                 best_val_loss = min(best_val_loss, val_loss)
                 world.say(f"step {step} | val loss {val_loss:.4f}" + (" (best)" if is_best else ""))
-                run.folder.log({"step": step, "val_loss": val_loss, "tokens_seen": tokens_seen})
+                folder.log({"step": step, "val_loss": val_loss, "tokens_seen": tokens_seen})
 
             # save; a checkpoint is never ahead of what was logged, nor of best.pt
             if is_due or received:
@@ -185,7 +171,7 @@ def train_language_model(run: Run) -> None:
                 state |= {"best_val_loss": best_val_loss, "evaluations_without_gain": evaluations_without_gain}
                 state |= {name: part.state_dict() for name, part in [("model", model), *parts.items()]}
                 names = ["best.pt", "ckpt.pt"] if is_best else ["ckpt.pt"]
-                run.folder.save({**run.head, **state, "rng": torch.get_rng_state()}, *names)
+                folder.save({**state, "rng": torch.get_rng_state()}, *names)
                 started = time.perf_counter()  # none of this is the training's time
             if received:
                 world.say(f"stopped at step {step}; the same command goes on from here")
@@ -235,21 +221,20 @@ def train_language_model(run: Run) -> None:
                 left = tqdm.format_interval((s.max_iters - step) * seconds / len(values))
                 said = f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {speed:,.0f} tokens/s"
                 world.say(f"{said} | {left} left")
-                run.folder.log({"step": step, "loss": loss, "losses": values, "lr": lr, "tokens_per_s": speed})
+                folder.log({"step": step, "loss": loss, "losses": values, "lr": lr, "tokens_per_s": speed})
 
     figures = {"steps": step, "tokens_seen": tokens_seen, "best_val_loss": best_val_loss}
     if s.final_eval and world.is_main:
-        tokenizer, blocks = load_tokenizer(run.val_data.meta["tokenizer"], s.data_dir), run.head["context_blocks"]
-        figures |= evaluate_model(model, run.val_data, tokenizer, s.block_size, s.batch_size, blocks)
-    world.say(format_summary(finish(run, train_seconds, figures)))
-    world.say(f"\nnext: python sample.py {run.folder.path}   or   python eval.py {run.folder.path}")
+        tokenizer = load_tokenizer(val_data.meta["tokenizer"], s.data_dir)
+        figures |= evaluate_model(model, val_data, tokenizer, s.block_size, s.batch_size, head["context_blocks"])
+    world.say(format_summary(folder.finish(train_seconds, figures)))
+    world.say(f"\nnext: python sample.py {folder.path}   or   python eval.py {folder.path}")
 
 
-def make_batches(run: Run) -> Windows | Documents:
+def make_batches(s: LMSettings, model: Any, data: TokenFile, folder: RunFolder) -> Windows | Documents:
     """What the steps of a phase train on: windows, windows with their contexts, or documents window by window."""
-    s, model, data, world = run.settings, run.model, run.train_data, run.world
-    rows, limit = s.batch_size * s.gradient_accumulation_steps, model.config.max_position_embeddings
-    if s.block_size > limit:
+    world, rows = folder.world, s.batch_size * s.gradient_accumulation_steps
+    if s.block_size > (limit := model.config.max_position_embeddings):
         raise InputError(f"block_size={s.block_size} is above the model's limit of {limit}")
     if rows % world.size or rows > len(data.tokens):
         fits = f"a multiple of {world.size} processes, at most the {len(data.tokens)} training tokens"
@@ -265,7 +250,7 @@ def make_batches(run: Run) -> Windows | Documents:
         return Windows(*windows)
     making = ContextSettings(init_from=s.init_from)
     cached = context_cache(model, data, making) if s.context_cache else None
-    if cached is None and run.checkpoint is None:
+    if cached is None and folder.checkpoint is None:
         error = window_error(model, data.tokens, making.overlap)
         world.say(f"contexts: of each batch, from {making.overlap} tokens before its windows; at most {error:.0e} off")
 
@@ -280,17 +265,16 @@ def make_batches(run: Run) -> Windows | Documents:
 
 
 @torch.no_grad()
-def validate(run: Run, autocast: torch.autocast) -> float:
+def validate(s: LMSettings, model: Any, data: TokenFile, world: World, autocast: torch.autocast) -> float:
     """Mean loss over eval_iters micro-batches of windows, spread evenly over the validation data."""
-    s, world, tokens = run.settings, run.world, run.val_data.tokens
-    block_size = min(s.block_size, len(tokens) - 1)
+    tokens, block_size = data.tokens, min(s.block_size, len(data.tokens) - 1)
     count = min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size)
     starts = np.linspace(0, len(tokens) - 1 - block_size, count).astype(np.int64)[world.rank :: world.size]
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
     for first in range(0, len(starts), s.batch_size):
         batch = window_batch(tokens, starts[first : first + s.batch_size], block_size, world.device)
         with autocast:
-            total += run.model(**batch)[1] * len(batch["idx"])
+            total += model(**batch)[1] * len(batch["idx"])
     return world.gather(total).sum().item() / count
 
 
@@ -334,20 +318,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # ------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
 
 
-def train_context_blocks(run: Run) -> None:
+def train_context_blocks(
+    s: Phase1Settings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder
+) -> None:
     """Each ContextBlock alone, without labels (OACD), to the end or to a signal, which becomes the exit status."""
-    s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
+    world, checkpoint = folder.world, folder.checkpoint
     if world.size > 1:
         raise InputError("phase='phase1' trains in one process: start it without torchrun")
-    step, train_seconds = run.head["iter_num"], run.head["train_seconds"]
+    step, train_seconds = folder.head["iter_num"], folder.head["train_seconds"]
     reports, half_trained = (checkpoint["context_blocks"], checkpoint["block"]) if checkpoint else ([], None)
-    run.folder.begin(run.head, checkpoint)
+    folder.begin()
 
     def save(half_trained: dict[str, Any] | None) -> None:
         state = {"iter_num": step, "train_seconds": train_seconds, "context_blocks": reports, "block": half_trained}
-        run.folder.save({**run.head, **state, "model": model.state_dict()}, "ckpt.pt")
+        folder.save({**state, "model": model.state_dict()}, "ckpt.pt")
 
-    table, parts = model.embed_in.weight, block_parts(run.train_data.tokens, len(model.context_blocks), s)
+    table, parts = model.embed_in.weight, block_parts(data.tokens, len(model.context_blocks), s)
     keys = ("batch_size", "context_noise", "centroid_weight", "gradient_clip", "convergence_threshold")
     settings = {key: getattr(s, key) for key in keys}
     with stop_signals() as signals:
@@ -370,7 +356,7 @@ def train_context_blocks(run: Run) -> None:
                 if not math.isfinite(loss):
                     raise InputError(f"the loss of iteration {iteration} is no number: {LOWER_RATE}")
                 world.say(f"iteration {iteration:3} | loss {loss:.5f} | convergence {rate:.1%} | {seconds:.2f}s")
-                run.folder.log({"step": step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
+                folder.log({"step": step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
                 received = world.agree(signals)
                 if iteration % s.checkpoint_interval == 0 or received:
                     state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
@@ -387,12 +373,12 @@ def train_context_blocks(run: Run) -> None:
             save(None)
             world.say(f"converged {rate:.1%}, {share:.1%} as exact, {rank_text(rank, block.context_dim)}")
 
-    heldout = evaluate_contexts(model, run.val_data.tokens, reports)
+    heldout = evaluate_contexts(model, val_data.tokens, reports)
     rates = ", ".join(f"{rate:.1%}" for rate in heldout["context_convergence_rates"])
     side_by_side = rank_text(heldout["context_effective_rank"], heldout["context_dim"])
     world.say(f"held-out tokens: converged {rates}, {side_by_side}")
-    finish(run, train_seconds, {"steps": step, "blocks": reports, **heldout})
-    world.say(f"\ncheckpoint {run.folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={run.folder.path}")
+    folder.finish(train_seconds, {"steps": step, "blocks": reports, **heldout})
+    world.say(f"\ncheckpoint {folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={folder.path}")
 
 
 def rank_text(rank: float, width: int) -> str:
@@ -410,9 +396,9 @@ def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tenso
 # ------------------------------------------------------------------------------------------ how runs begin and end
 
 
-def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
-    """The run that a job asks for, new or to go on with; None if it is finished already."""
-    s, config, table = job.settings, job.model_config, None
+def open_run(job: Job, folder: RunFolder) -> tuple[Any, TokenFile, TokenFile] | None:
+    """Model, training and validation tokens of a run, new or to go on with; None if it is finished already."""
+    s, config, table, world = job.settings, job.model_config, None, folder.world
     sources: dict[str, dict[str, Any]] = {}  # checkpoints that a new run starts from, of a hub's the tokenizer alone
     parent = folder.path if s.init_from == "resume" else Path(s.init_from)
     if s.phase == "phase1" and s.embeddings != "random":
@@ -427,9 +413,9 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
     head: dict[str, Any] = {"config": asdict(s), "model_args": model_args(config), "commit": git_commit()}
     head["data"] = {"tokenizer": tokenizer, "train_sha256": train_data.digest, "val_sha256": val_data.digest}
     progress = dict[str, Any](iter_num=0, tokens_seen=0, train_seconds=0.0, parents=[], context_blocks=[])
-    checkpoint = folder.claim(head)
+    folder.claim(head)
     goes_on = s.init_from == "resume" or getattr(s, "eval_only", False) or not (folder.path / "summary.json").exists()
-    if checkpoint is not None and not goes_on:
+    if (checkpoint := folder.checkpoint) is not None and not goes_on:
         world.say(f"{folder.path} is finished after {checkpoint['iter_num']} steps; --overwrite=True trains it again")
         return None
 
@@ -451,12 +437,13 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
             progress["parents"] += [*theirs.get("parents", []), name]
             progress["tokens_seen"] += theirs.get("tokens_seen", 0)
             progress["context_blocks"] += theirs.get("context_blocks", [])
+    folder.head |= progress
     world.say(f"settings: {json.dumps({**head['config'], 'model_args': head['model_args']})}")
     if job.passed_over:
         world.say(f"a layer could not set: {', '.join(job.passed_over)}")
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_data.tokens):,} training tokens"
     world.say(f"model {s.model} on {train_data.path.parent}: {size}; run folder {folder.path}")
-    return Run(s, model, train_data, val_data, folder, world, head | progress, checkpoint)
+    return model, train_data, val_data
 
 
 def open_tokens(s: TrainSettings, world: World, vocab_size: int) -> tuple[TokenFile, TokenFile]:
@@ -501,21 +488,13 @@ def load_table(source: str) -> tuple[Tensor, dict[str, Any]]:
         raise InputError(f"embeddings={source!r}: {error}; 'random' and a run folder of yours need no hub") from None
 
 
-def finish(run: Run, train_seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
-    """Write summary.json, by which a run is known to be finished; returns it."""
-    s, head = run.settings, run.head
-    summary = {"model": s.model, "phase": s.phase, "seed": s.seed, "train_seconds": train_seconds, **figures}
-    summary |= {"parents": head["parents"], "commit": head["commit"], "checkpoint": str(run.folder.path / "ckpt.pt")}
-    run.folder.write_json("summary.json", summary)
-    return summary
-
-
 def main() -> None:
     job = parse_train(sys.argv[1:], PHASES)
     path = Path(job.settings.out_dir or Path("out", job.name))
     with open_world(job.settings.device) as world, RunFolder(path, world) as folder:
-        if (run := open_run(job, folder, world)) is not None:
-            (train_context_blocks if job.settings.phase == "phase1" else train_language_model)(run)
+        if (opened := open_run(job, folder)) is not None:
+            train = train_context_blocks if job.settings.phase == "phase1" else train_language_model
+            train(job.settings, *opened, folder)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     def __init__(self, path: Path, world: World) -> None:
         self.path, self.world = path, world
         self.lock = FileLock(path / ".lock")  # held until the process ends, however it ends
+        self.head: dict[str, Any] = {}  # what all its checkpoints have in common
+        self.checkpoint: dict[str, Any] | None = None  # what it goes on from; None: it is new
 
     def __exit__(self, *exception: object) -> None:
         """Give up the lock; a folder that nothing was written to goes with it."""
@@ -103,9 +105,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 shutil.rmtree(self.path)
             self.lock.release()
 
-    def claim(self, head: dict[str, Any]) -> dict[str, Any] | None:
-        """Take the folder for a new run (None) or for the one that it holds (its checkpoint, which head has to fit)."""
-        settings, file = head["config"], self.path / "ckpt.pt"
+    def claim(self, head: dict[str, Any]) -> None:
+        """Take the folder for a new run, or to go on with the one that it holds, which head has to fit."""
+        self.head, settings, file = head, head["config"], self.path / "ckpt.pt"
         is_resumed, is_look = settings["init_from"] == "resume", settings.get("eval_only", False)
         if self.world.is_main and not is_look:
             make_folder(self.path)
@@ -117,7 +119,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         if settings["overwrite"] or not file.exists():
             if is_resumed:
                 raise InputError(f"init_from='resume': {self.path} holds no checkpoint")
-            return None
+            return
         checkpoint = read_checkpoint(file)
         theirs, mine = ({**h["config"], "model_args": h["model_args"], "data": h["data"]} for h in (checkpoint, head))
         keys = (theirs.keys() | mine.keys()) - FREE
@@ -129,27 +131,27 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             raise InputError(f"{self.path} holds another run ({shown}): {ways}")
         if not is_look and settings["phase"] != "phase1" and (missing := STATE - checkpoint.keys()):
             raise InputError(f"{file} cannot be gone on from, it has no {', '.join(sorted(missing))}: train it again")
-        return checkpoint
+        self.checkpoint = checkpoint
 
-    def begin(self, head: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    def begin(self) -> None:
         """Write the settings; a new run clears what is there, one that goes on unlogs the steps that it does again."""
         if not self.world.is_main:
             return
-        log, settings = self.path / "log.jsonl", {**head["config"], "model_args": head["model_args"]}
-        self.show = open_tracker(self.path, settings, 0 if checkpoint is None else checkpoint["iter_num"] + 1)
-        if checkpoint is None:
+        log, settings = self.path / "log.jsonl", {**self.head["config"], "model_args": self.head["model_args"]}
+        self.show = open_tracker(self.path, settings, 0 if self.checkpoint is None else self.head["iter_num"] + 1)
+        if self.checkpoint is None:
             for name in ("ckpt.pt", "best.pt", "summary.json", "log.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
         elif log.exists():
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # the last one may be half
-            kept = [line for line in lines if json.loads(line)["step"] <= checkpoint["iter_num"]]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.head["iter_num"]]
             self.write("log.jsonl", "".join(line + "\n" for line in kept).encode())
         self.write_json("config.json", settings)
 
-    def save(self, checkpoint: dict[str, Any], *names: str) -> None:
+    def save(self, state: dict[str, Any], *names: str) -> None:
         if self.world.is_main:
             content = io.BytesIO()
-            torch.save(checkpoint, content)
+            torch.save({**self.head, **state}, content)
             for name in names:
                 self.write(name, content.getbuffer())
 
@@ -167,6 +169,14 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             with (self.path / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             self.show({key: value for key, value in entry.items() if isinstance(value, float)}, entry["step"])
+
+    def finish(self, train_seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json, by which a run is known to be finished; returns it."""
+        summary = {key: self.head["config"][key] for key in ("model", "phase", "seed")}
+        summary |= {key: self.head[key] for key in ("parents", "commit")}
+        summary |= {"checkpoint": str(self.path / "ckpt.pt"), "train_seconds": train_seconds, **figures}
+        self.write_json("summary.json", summary)
+        return summary
 
 
 def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[dict[str, float], int], Any]:
