@@ -388,8 +388,7 @@ def rank_text(rank: float, width: int) -> str:
 def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tensor]:
     """What each of count blocks is trained on, (N,) int64 on the CPU: its part of the stream, or the union of all."""
     each = len(tokens) // count
-    starts = range(0, count * each, each)
-    parts = [torch.from_numpy(tokens[a : a + min(each, s.num_tokens)].astype(np.int64)) for a in starts]
+    parts = [torch.from_numpy(tokens[i * each :][: min(each, s.num_tokens)].astype(np.int64)) for i in range(count)]
     return parts if s.cascade_data == "split" else [torch.cat(parts)] * count
 
 
@@ -493,7 +492,7 @@ def main() -> None:
     path = Path(job.settings.out_dir or Path("out", job.name))
     with open_world(job.settings.device) as world, RunFolder(path, world) as folder:
         if (opened := open_run(job, folder)) is not None:
-            train = train_context_blocks if job.settings.phase == "phase1" else train_language_model
+            train: Any = train_context_blocks if job.settings.phase == "phase1" else train_language_model
             train(job.settings, *opened, folder)
 
 
