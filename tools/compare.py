@@ -90,6 +90,7 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
             bar.update(len(runs) - len(waiting) - len(running) - bar.n)
             time.sleep(0.2)
     finally:  # after Ctrl-C too: nothing outlives it
+        bar.close()
         for process in running.values():
             process.terminate()
             process.wait()
