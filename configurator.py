@@ -15,15 +15,17 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kit.files import InputError, one_line
 from kit.runs import read_checkpoint
+from kit.weights import settable
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import ContextKVConfig, ContextKVPythiaModel, ContextPythiaConfig, ContextPythiaModel
 from model_infini import InfiniConfig, InfiniPythiaModel
@@ -69,8 +71,8 @@ def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
     phase = check("phase", values["phase"], Literal[tuple(phases)])
     settings_class, config_class = phases[phase], MODELS[model][0]
 
-    valid = names(settings_class) + names(config_class)
-    known = sorted({name for cls in [*phases.values(), *configs] for name in names(cls)})
+    valid = settable(settings_class) + settable(config_class)
+    known = sorted({name for cls in [*phases.values(), *configs] for name in settable(cls)})
     for where, keys in {**files, "the command line": typed}.items():
         refuse_unknown(keys, where, known)
         if where not in layers and (others := [key for key in keys if key not in valid]):
@@ -92,7 +94,7 @@ def parse_settings(settings_class: type[S], argv: list[str], takes: str = "") ->
     arguments, values = split_arguments(argv)
     if arguments and not takes:
         raise InputError(f"{arguments[0]!r} is no option: options are written --key=value")
-    refuse_unknown(values, "the command line", names(settings_class))
+    refuse_unknown(values, "the command line", settable(settings_class))
     return make(settings_class, values), arguments
 
 
@@ -124,13 +126,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def run_name(paths: list[str]) -> str:
-    """The names of config files, joined by hyphens."""
     return "-".join(Path(path).stem for path in paths)
-
-
-def names(cls: type) -> list[str]:
-    """The settable fields of a dataclass."""
-    return [f.name for f in fields(cls) if f.init]
 
 
 def refuse_unknown(keys: Iterable[str], where: str, known: list[str]) -> None:
@@ -145,7 +141,7 @@ def refuse_unknown(keys: Iterable[str], where: str, known: list[str]) -> None:
 def make(cls: type[S], values: dict[str, Any], divisor: int = 1) -> S:
     """A settings dataclass of the values that it has fields for, checked, its widths divided. Raises InputError."""
     hints = get_type_hints(cls, include_extras=True)
-    checked = {key: check(key, values[key], hints[key]) for key in names(cls) if key in values}
+    checked = {key: check(key, values[key], hints[key]) for key in settable(cls) if key in values}
     for key in [width for width in WIDTHS if width in hints and divisor > 1]:
         width = checked.get(key, getattr(cls, key))
         if width % divisor:
@@ -160,25 +156,22 @@ def make(cls: type[S], values: dict[str, Any], divisor: int = 1) -> S:
 def check(key: str, value: Any, hint: Any) -> Any:
     """A value, read leniently if it was typed and strictly if not -> the setting's type. Raises InputError."""
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
-    checked, reason = None, ""
     try:
         if not isinstance(value, Text):
             checked = adapter.validate_python(value, strict=not isinstance(value, list | tuple))
         elif value.lower() == "none" and NoneType in get_args(hint):
-            pass
+            checked = None
         elif get_origin(hint) in (list, tuple):
             checked = adapter.validate_json(value)
         else:
             checked = adapter.validate_python(str(value))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Input should be ")
-    else:
         if isinstance(checked, int) and abs(checked) >= 2**63:
-            reason = "below 2^63"
-        elif isinstance(checked, str) and re.search("[\0\ud800-\udfff]", checked):
-            reason = "of characters that a file name and a text can hold"
-    if reason:
-        raise InputError(f"{key}={value!r:.80} has to be {reason}")
+            raise ValueError("below 2^63")
+        if isinstance(checked, str) and re.search("[\0\ud800-\udfff]", checked):
+            raise ValueError("of characters that a file name and a text can hold")
+    except ValueError as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise InputError(f"{key}={value!r:.80} has to be {reason.removeprefix('Input should be ')}") from None
     return checked
 
 
@@ -189,7 +182,7 @@ def print_help(usage: str, *classes: type) -> NoReturn:
     for cls in classes:
         sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if is_dataclass(base)]
         lines = re.findall(r"^    (\w+): (.*?) = (.*?)  # (.*)$", "\n".join(sources), re.MULTILINE)
-        own = {name: line for name, *line in lines if name in names(cls) and name not in shown}
+        own = {name: line for name, *line in lines if name in settable(cls) and name not in shown}
         if own:
             print(f"\n{(cls.__doc__ or '').splitlines()[0]}  [{cls.__name__}]")
         for name, (hint, default, comment) in own.items():
@@ -206,11 +199,17 @@ def build_model(name: str, model_config: Any) -> Any:
 
 def baseline_config(model_config: Any) -> PythiaConfig:
     """The Pythia of the same widths and depth (where a model has none: six layers) that a cache is held against."""
-    shared = set(names(PythiaConfig)) & set(names(type(model_config)))
+    shared = set(settable(PythiaConfig)) & set(settable(model_config))
     values = {name: getattr(model_config, name) for name in shared}
     if "num_heads" not in shared:
         values |= {"num_heads": 1, "rotary_pct": 0.0}  # a cache is as large with any number of heads
     return PythiaConfig(**values)
+
+
+def baseline_cache_bytes(model_config: Any, num_tokens: int) -> int:
+    """Bytes of that Pythia's cache for one row, of which nothing is allocated."""
+    with torch.device("meta"):
+        return PythiaModel(baseline_config(model_config)).init_cache(1, num_tokens).nbytes
 
 
 def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
@@ -225,8 +224,6 @@ def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{source} is of another version of its model: {one_line(error)[:200]}") from None
         return model, checkpoint
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{source} holds neither a checkpoint nor Hugging Face weights")
     try:
         return PythiaModel.from_pretrained(source), None
     except (OSError, ValueError, KeyError) as error:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from configurator import baseline_config, build_model, load_source, parse_settings
+from configurator import baseline_cache_bytes, load_source, parse_settings
 from kit.contexts import exact_contexts
 from kit.fast import safe_exp, score_tokens
 from kit.files import InputError, make_folder, run
@@ -189,9 +189,8 @@ def evaluate_contexts(model: Any, tokens: np.ndarray, trained: list[dict[str, An
 
 def evaluate_cache(model: Any) -> Figures:
     """Bytes that init_cache allocates for one row, per length and per token, beside the baseline of the same widths."""
-    with torch.device("meta"):
-        baseline = build_model("pythia", baseline_config(model.config))
-    ours, theirs = ({str(n): m.init_cache(1, n).nbytes for n in CACHE_LENGTHS} for m in (model, baseline))
+    ours = {str(n): model.init_cache(1, n).nbytes for n in CACHE_LENGTHS}
+    theirs = {str(n): baseline_cache_bytes(model.config, n) for n in CACHE_LENGTHS}
     return {
         "cache_bytes": ours,
         "cache_bytes_per_token": {n: ours[n] / int(n) for n in ours},

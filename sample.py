@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from configurator import baseline_config, build_model, load_source, parse_settings
+from configurator import baseline_cache_bytes, load_source, parse_settings
 from kit.fast import prepare_decoding, round_weights
 from kit.files import InputError, run
 from kit.runs import pick_device
@@ -48,15 +48,14 @@ def main() -> None:
         raise InputError(f"{sources[0]} has {model.config.vocab_size} rows for the {tokenizer.n_vocab} tokens of text")
     prompt = tokenizer.encode(s.prompt) or [tokenizer.end_of_text]
     idx, length = torch.tensor([prompt], device=device), len(prompt) + s.max_new_tokens
-    with torch.device("meta"):
-        baseline = build_model("pythia", baseline_config(model.config)).init_cache(1, length)
+    baseline = baseline_cache_bytes(model.config, length)
+    temperature = round(s.temperature, 6)  # less is greedy as well, but nothing that float32 can divide by
     torch.manual_seed(s.seed)
     for _ in range(s.num_samples):
         cache, started = model.init_cache(1, length), time.perf_counter()
         print(s.prompt, end="", flush=True)
         pending: list[int] = []  # a character that several tokens share waits for the last of them
-        limits = (s.max_new_tokens, s.temperature, s.top_k, tokenizer.n_vocab)
-        for token in stream_tokens(model, idx, cache, *limits):
+        for token in stream_tokens(model, idx, cache, s.max_new_tokens, temperature, s.top_k, tokenizer.n_vocab):
             pending.append(int(token))
             if not (text := tokenizer.decode(pending)).endswith("\ufffd"):
                 print(text, end="", flush=True)
@@ -64,7 +63,7 @@ def main() -> None:
         print(tokenizer.decode(pending))
         print(f"---\n{s.max_new_tokens / (time.perf_counter() - started):.0f} tokens/s | cache", end=" ")
         print(f"for {length} tokens: {cache.nbytes:,} bytes, {cache.nbytes / length:,.0f} a token;", end=" ")
-        print(f"the baseline's {baseline.nbytes:,} ({1 - cache.nbytes / baseline.nbytes:.1%} saved)\n")
+        print(f"the baseline's {baseline:,} ({1 - cache.nbytes / baseline:.1%} saved)\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A run writes out_dir: ckpt.pt (the last state), best.pt (the best validation los
 is finished, summary.json. The same command again goes on from the last checkpoint, bit for bit.
 """
 
-import contextlib
 import json
 import math
 import sys
@@ -30,18 +29,15 @@ from eval import evaluate_contexts, evaluate_model
 from kit.contexts import ContextSettings, context_cache, exact_contexts, window_contexts, window_error
 from kit.fast import safe_exp
 from kit.files import InputError, one_line, run
-from kit.report import format_summary, format_table
-from kit.runs import RunFolder, StopRequest, World, git_commit, model_args, open_world, read_checkpoint
+from kit.report import format_summary
+from kit.runs import RunFolder, World, git_commit, open_world, read_checkpoint, stop_signals
 from kit.text import load_tokenizer
 from kit.tokens import Documents, TokenFile, Windows, load_tokens, window_batch
-from kit.weights import read_gpt2_table
+from kit.weights import model_args, read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import PrepSettings, prepare
 
-SLOW_RUN_SECONDS = 1800  # a CPU run that takes longer is told of config/laptop.py
 LOWER_RATE = "stopped, ckpt.pt keeps the last good state; a lower learning_rate may help"
-NOT_TRAINED_HERE = {"parents": [], "tokens_seen": 0, "context_blocks": []}  # in the place of a checkpoint
-OACD = ("batch_size", "context_noise", "centroid_weight", "gradient_clip", "convergence_threshold")  # its settings
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,14 @@ class LMSettings(TrainSettings):
     block_size: PositiveInt = 512  # tokens per window
     tokens_per_doc: PositiveInt | None = None  # train on stretches of documents, their memory carried along
     gradient_accumulation_steps: PositiveInt = 4  # micro-batches per step, shared out among the processes of torchrun
-    learning_rate: NonNegativeFloat = 1e-3  # AdamW, after warmup
+    optimizer: Literal["adamw", "muon"] = "adamw"  # 'muon': Muon for the layers' matrices, AdamW for all the rest
+    learning_rate: NonNegativeFloat = 1e-3  # after warmup
     min_lr: NonNegativeFloat = 1e-4  # learning rate at the end of the decay
     max_iters: NonNegativeInt = 1200  # optimizer steps
     warmup_iters: NonNegativeInt = 100  # steps of linear warmup
     lr_decay_iters: PositiveInt | None = None  # step at which min_lr is reached; None: max_iters
     decay_lr: bool = True  # cosine decay after warmup; False keeps learning_rate
-    weight_decay: NonNegativeFloat = 0.1  # AdamW, on matrices only
+    weight_decay: NonNegativeFloat = 0.1  # on matrices only
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # AdamW
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95  # AdamW
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 does not clip
@@ -120,79 +117,65 @@ class Phase1Settings(TrainSettings):
 PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Settings, "phase2": LMSettings}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A model on its way: what is trained, on what, and from where it goes on."""
-
-    settings: Any  # of the phase
-    model: Any
-    train_data: TokenFile
-    val_data: TokenFile
-    folder: RunFolder
-    world: World
-    head: dict[str, Any]  # what all its checkpoints have in common
-    checkpoint: dict[str, Any] | None  # None: it is new
-
-
 # ------------------------------------------------------------------------------ a language model, phases lm and phase2
 
 
-def train_language_model(run: Run) -> int:
-    """Next-token cross entropy, to the end or to a signal. Returns the signal that stopped it, 0 if none did."""
-    s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
+def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder) -> None:
+    """Next-token cross entropy, to the end or to a signal, which becomes the exit status."""
+    world, head, checkpoint = folder.world, folder.head, folder.checkpoint
     if s.phase == "phase2":
         model.freeze_for_phase2()
-    batches = make_batches(run)
-    optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
+    batches = make_batches(s, model, data, folder)
+    optimizers = make_optimizers(model, s)
     dtype = pick_dtype(s.dtype, world.device)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)  # keeps small gradients above zero
-    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler, "batches": batches}
-    tokens_seen, tokens_a_step = run.head["tokens_seen"], s.batch_size * s.gradient_accumulation_steps * s.block_size
-    step, best_val_loss, evaluations_without_gain, train_seconds = 0, math.inf, 0, 0.0
+    parts: dict[str, Any] = {**optimizers, "scaler": scaler, "batches": batches}
+    step, tokens_seen, train_seconds = (head[key] for key in ("iter_num", "tokens_seen", "train_seconds"))
+    best_val_loss, evaluations_without_gain = math.inf, 0
+    if s.eval_only:
+        world.say(f"step {step} | val loss {validate(s, model, val_data, world, autocast):.4f}")
+        return
     if checkpoint is not None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
-        step, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-        evaluations_without_gain, train_seconds = checkpoint["evaluations_without_gain"], checkpoint["train_seconds"]
-    if s.eval_only:
-        world.say(f"step {step} | val loss {validate(run, autocast):.4f}")
-        return 0
-    trained = model  # what a training step calls: the model, compiled and shared as asked
-    if s.compile if s.compile is not None else world.device.type == "cuda":
-        trained = torch.compile(trained)
-    if world.size > 1:
-        trained = DistributedDataParallel(trained)
+        best_val_loss, evaluations_without_gain = checkpoint["best_val_loss"], checkpoint["evaluations_without_gain"]
+    is_compiled = world.device.type == "cuda" if s.compile is None else s.compile
+    trained: Any = torch.compile(model) if is_compiled else model  # what a training step calls
+    trained = DistributedDataParallel(trained) if world.size > 1 else trained
     world.say(f"{world.device} x {world.size}, {dtype}; {batches}; steps {step} to {s.max_iters}")
-    run.folder.begin(run.head, checkpoint)
+    if world.device.type == "cpu" and s.width_divisor == 1:
+        world.say("slow on a CPU? With config/laptop.py on top a model is four times narrower")
+    folder.begin()
 
     losses: list[Tensor] = []  # of the steps since they were last looked at
     is_due, first_step, received, started = checkpoint is None, step, 0, time.perf_counter()
-    with StopRequest() as stop:
+    tokens_a_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    with stop_signals() as signals:
         while True:
             # evaluate
-            names = ["ckpt.pt"]
+            is_best = False
             if is_due:
-                val_loss = validate(run, autocast)
+                val_loss = validate(s, model, val_data, world, autocast)
                 gain = safe_exp(best_val_loss) - safe_exp(val_loss)  # in PPL
                 is_best = val_loss < best_val_loss
                 evaluations_without_gain = 0 if is_best and gain >= s.min_ppl_gain else evaluations_without_gain + 1
-                if is_best:  # best.pt first: killed between the two, the run comes to this best state again
-                    best_val_loss, names = val_loss, ["best.pt", "ckpt.pt"]
+                best_val_loss = min(best_val_loss, val_loss)
                 world.say(f"step {step} | val loss {val_loss:.4f}" + (" (best)" if is_best else ""))
-                run.folder.log({"step": step, "val_loss": val_loss, "tokens_seen": tokens_seen})
+                folder.log({"step": step, "val_loss": val_loss, "tokens_seen": tokens_seen})
 
-            # save; a checkpoint is never ahead of what was logged
+            # save; a checkpoint is never ahead of what was logged, nor of best.pt
             if is_due or received:
-                state = {**run.head, "iter_num": step, "model": model.state_dict(), "rng": torch.get_rng_state()}
-                state |= {name: part.state_dict() for name, part in parts.items()}
+                state = {"iter_num": step, "tokens_seen": tokens_seen, "train_seconds": train_seconds}
                 state |= {"best_val_loss": best_val_loss, "evaluations_without_gain": evaluations_without_gain}
-                run.folder.save(state | {"tokens_seen": tokens_seen, "train_seconds": train_seconds}, *names)
+                state |= {name: part.state_dict() for name, part in [("model", model), *parts.items()]}
+                names = ["best.pt", "ckpt.pt"] if is_best else ["ckpt.pt"]
+                folder.save({**state, "rng": torch.get_rng_state()}, *names)
                 started = time.perf_counter()  # none of this is the training's time
             if received:
                 world.say(f"stopped at step {step}; the same command goes on from here")
-                return received
+                sys.exit(128 + received)
             if s.patience is not None and evaluations_without_gain >= s.patience:
                 world.say(f"no better validation loss in {s.patience} evaluations: stopping early")
                 break
@@ -201,8 +184,9 @@ def train_language_model(run: Run) -> int:
 
             # forward, backward, clip, step
             lr = learning_rate_at(step, s)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
             total = torch.zeros(1, device=world.device)
             for micro in range(batches.micro_steps):
                 batch, share = batches.batch(step, micro)  # share of this process's windows
@@ -213,16 +197,18 @@ def train_language_model(run: Run) -> int:
                 scaler.scale(loss * share).backward()
                 total += loss.detach() * share
             if s.grad_clip > 0:
-                scaler.unscale_(optimizer)
+                for optimizer in optimizers.values():
+                    scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            scaler.step(optimizer)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             losses.append(world.gather(total).mean())
             step, tokens_seen = step + 1, tokens_seen + tokens_a_step
 
             # log
-            received = stop.agreed(world)
+            received = world.agree(signals)
             is_due = step % s.eval_interval == 0 or step == s.max_iters
             if step % s.log_interval == 0 or step == first_step + 1 or is_due or received:
                 values, losses = torch.stack(losses).tolist(), []
@@ -231,30 +217,28 @@ def train_language_model(run: Run) -> int:
                     raise InputError(f"the loss of step {bad} is no number: {LOWER_RATE}")
                 seconds = time.perf_counter() - started
                 train_seconds, started = train_seconds + seconds, time.perf_counter()
-                speed, left = len(values) * tokens_a_step / seconds, (s.max_iters - step) * seconds / len(values)
-                said = f"step {step}/{s.max_iters} | loss {sum(values) / len(values):.4f} | lr {lr:.2e}"
-                world.say(f"{said} | {speed:,.0f} tokens/s | {tqdm.format_interval(left)} left")
-                run.folder.log({"step": step, "losses": values, "lr": lr, "tokens_per_s": speed})
-                if step == first_step + 1 and world.device.type == "cpu" and left > SLOW_RUN_SECONDS:
-                    world.say("long for a CPU: with config/laptop.py on top a model is four times narrower")
+                loss, speed = sum(values) / len(values), len(values) * tokens_a_step / seconds
+                left = tqdm.format_interval((s.max_iters - step) * seconds / len(values))
+                said = f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {speed:,.0f} tokens/s"
+                world.say(f"{said} | {left} left")
+                folder.log({"step": step, "loss": loss, "losses": values, "lr": lr, "tokens_per_s": speed})
 
     figures = {"steps": step, "tokens_seen": tokens_seen, "best_val_loss": best_val_loss}
     if s.final_eval and world.is_main:
-        tokenizer, blocks = load_tokenizer(run.val_data.meta["tokenizer"], s.data_dir), run.head["context_blocks"]
-        figures |= evaluate_model(model, run.val_data, tokenizer, s.block_size, s.batch_size, blocks)
-    world.say(format_summary(finish(run, train_seconds, figures)))
-    world.say(f"\nnext: python sample.py {run.folder.path}   or   python eval.py {run.folder.path}")
-    return 0
+        tokenizer = load_tokenizer(val_data.meta["tokenizer"], s.data_dir)
+        figures |= evaluate_model(model, val_data, tokenizer, s.block_size, s.batch_size, head["context_blocks"])
+    world.say(format_summary(folder.finish(train_seconds, figures)))
+    world.say(f"\nnext: python sample.py {folder.path}   or   python eval.py {folder.path}")
 
 
-def make_batches(run: Run) -> Windows | Documents:
+def make_batches(s: LMSettings, model: Any, data: TokenFile, folder: RunFolder) -> Windows | Documents:
     """What the steps of a phase train on: windows, windows with their contexts, or documents window by window."""
-    s, model, data, world = run.settings, run.model, run.train_data, run.world
-    rows, limit = s.batch_size * s.gradient_accumulation_steps, model.config.max_position_embeddings
-    if s.block_size > limit:
+    world, rows = folder.world, s.batch_size * s.gradient_accumulation_steps
+    if s.block_size > (limit := model.config.max_position_embeddings):
         raise InputError(f"block_size={s.block_size} is above the model's limit of {limit}")
-    if rows % world.size:
-        raise InputError(f"batch_size x gradient_accumulation_steps = {rows} is no multiple of {world.size} processes")
+    if rows % world.size or rows > len(data.tokens):
+        fits = f"a multiple of {world.size} processes, at most the {len(data.tokens)} training tokens"
+        raise InputError(f"batch_size x gradient_accumulation_steps = {rows} has to be {fits}")
     windows = data, s.block_size, rows, s.batch_size, s.seed, world
     if s.tokens_per_doc is not None:
         segment_len = getattr(model.config, "segment_len", None)
@@ -266,7 +250,7 @@ def make_batches(run: Run) -> Windows | Documents:
         return Windows(*windows)
     making = ContextSettings(init_from=s.init_from)
     cached = context_cache(model, data, making) if s.context_cache else None
-    if cached is None:
+    if cached is None and folder.checkpoint is None:
         error = window_error(model, data.tokens, making.overlap)
         world.say(f"contexts: of each batch, from {making.overlap} tokens before its windows; at most {error:.0e} off")
 
@@ -281,17 +265,16 @@ def make_batches(run: Run) -> Windows | Documents:
 
 
 @torch.no_grad()
-def validate(run: Run, autocast: contextlib.AbstractContextManager[Any]) -> float:
+def validate(s: LMSettings, model: Any, data: TokenFile, world: World, autocast: torch.autocast) -> float:
     """Mean loss over eval_iters micro-batches of windows, spread evenly over the validation data."""
-    s, world, tokens = run.settings, run.world, run.val_data.tokens
-    block_size = min(s.block_size, len(tokens) - 1)
-    count = max(1, min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size))
+    tokens, block_size = data.tokens, min(s.block_size, len(data.tokens) - 1)
+    count = min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size)
     starts = np.linspace(0, len(tokens) - 1 - block_size, count).astype(np.int64)[world.rank :: world.size]
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
     for first in range(0, len(starts), s.batch_size):
         batch = window_batch(tokens, starts[first : first + s.batch_size], block_size, world.device)
         with autocast:
-            total += run.model(**batch)[1] * len(batch["idx"])
+            total += model(**batch)[1] * len(batch["idx"])
     return world.gather(total).sum().item() / count
 
 
@@ -305,15 +288,21 @@ def learning_rate_at(step: int, s: LMSettings) -> float:
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 
-def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW over what is trained: matrices and embeddings decay, biases, LayerNorms and scores of any shape do not."""
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+def make_optimizers(model: Any, s: LMSettings) -> dict[str, torch.optim.Optimizer]:
+    """By their keys in a checkpoint. Matrices and embeddings decay; biases, LayerNorms and any scores do not."""
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.head_weight}
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - tables
+    for_muon = matrices if s.optimizer == "muon" else set()
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed, others = ([p for p in trained if (id(p) in matrices) == decays] for decays in (True, False))
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    decayed = [p for p in trained if p in (tables | matrices) - for_muon]
+    others = [p for p in trained if p not in tables | matrices]
+    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+    if not for_muon:
+        return {"optimizer": adamw}
+    hidden = [p for p in trained if p in for_muon]
+    muon = torch.optim.Muon(hidden, s.learning_rate, s.weight_decay, adjust_lr_fn="match_rms_adamw")  # steps as large
+    return {"optimizer": adamw, "muon": muon}
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -329,31 +318,31 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # ------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
 
 
-def train_context_blocks(run: Run) -> int:
-    """Each ContextBlock alone, without labels (OACD). Returns the signal that stopped it, 0 if none did."""
-    s, model, world, checkpoint = run.settings, run.model, run.world, run.checkpoint
+def train_context_blocks(
+    s: Phase1Settings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder
+) -> None:
+    """Each ContextBlock alone, without labels (OACD), to the end or to a signal, which becomes the exit status."""
+    world, checkpoint = folder.world, folder.checkpoint
     if world.size > 1:
         raise InputError("phase='phase1' trains in one process: start it without torchrun")
-    reports: list[dict[str, Any]] = []  # of the blocks that are trained
-    step, train_seconds, half_trained = 0, 0.0, None
-    if checkpoint is not None:
-        reports, half_trained = checkpoint["context_blocks"], checkpoint["block"]
-        step, train_seconds = checkpoint["iter_num"], checkpoint["train_seconds"]
-    run.folder.begin(run.head, checkpoint)
+    step, train_seconds = folder.head["iter_num"], folder.head["train_seconds"]
+    reports, half_trained = (checkpoint["context_blocks"], checkpoint["block"]) if checkpoint else ([], None)
+    folder.begin()
 
     def save(half_trained: dict[str, Any] | None) -> None:
-        state = {**run.head, "iter_num": step, "model": model.state_dict(), "context_blocks": reports}
-        run.folder.save(state | {"block": half_trained, "train_seconds": train_seconds}, "ckpt.pt")
+        state = {"iter_num": step, "train_seconds": train_seconds, "context_blocks": reports, "block": half_trained}
+        folder.save({**state, "model": model.state_dict()}, "ckpt.pt")
 
-    table, parts = model.embed_in.weight, block_parts(run.train_data.tokens, len(model.context_blocks), s)
-    settings = {name: getattr(s, name) for name in OACD}
-    with StopRequest() as stop:
+    table, parts = model.embed_in.weight, block_parts(data.tokens, len(model.context_blocks), s)
+    keys = ("batch_size", "context_noise", "centroid_weight", "gradient_clip", "convergence_threshold")
+    settings = {key: getattr(s, key) for key in keys}
+    with stop_signals() as signals:
         for number in range(len(reports), len(parts)):
             block, tokens = model.context_blocks[number], parts[number]
             torch.manual_seed(s.seed + number)
             optimizer = torch.optim.Adam(block.parameters(), lr=s.learning_rate)
             contexts, rate, iteration = first_contexts(len(tokens), block.context_dim), 0.0, 0
-            if half_trained is not None:
+            if half_trained:
                 optimizer.load_state_dict(half_trained["optimizer"])
                 torch.set_rng_state(half_trained["rng"])
                 contexts, rate, iteration = (half_trained[key] for key in ("contexts", "rate", "iteration"))
@@ -367,58 +356,49 @@ def train_context_blocks(run: Run) -> int:
                 if not math.isfinite(loss):
                     raise InputError(f"the loss of iteration {iteration} is no number: {LOWER_RATE}")
                 world.say(f"iteration {iteration:3} | loss {loss:.5f} | convergence {rate:.1%} | {seconds:.2f}s")
-                run.folder.log({"step": step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
-                received = stop.signal
+                folder.log({"step": step, "block": number, "loss": loss, "convergence_rate": rate, "s": seconds})
+                received = world.agree(signals)
                 if iteration % s.checkpoint_interval == 0 or received:
                     state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
                     save(state | {"contexts": contexts, "rate": rate, "iteration": iteration})
                 if received:
                     world.say(f"stopped at iteration {iteration}; the same command goes on from here")
-                    return received
+                    sys.exit(128 + received)
             exact = exact_contexts(block, table, tokens)
-            share = compute_convergence_rate(contexts, exact, s.convergence_threshold)
+            share, rank = compute_convergence_rate(contexts, exact, s.convergence_threshold), effective_rank(exact)
             report = {"block": number, "context_dim": block.context_dim, "tokens": len(tokens), "iterations": iteration}
-            report |= {"convergence_rate": rate, "exact_share": share, "effective_rank": effective_rank(exact)}
+            report |= {"convergence_rate": rate, "exact_share": share, "effective_rank": rank}
             report |= {"num_tokens": s.num_tokens, "noise": s.context_noise, "threshold": s.convergence_threshold}
             reports.append(report)
             save(None)
+            world.say(f"converged {rate:.1%}, {share:.1%} as exact, {rank_text(rank, block.context_dim)}")
 
-    heldout = evaluate_contexts(model, run.val_data.tokens, reports)
-    rates, ranks = heldout["context_convergence_rates"], heldout["context_effective_ranks"]
-    rows = []
-    for report, rate, rank in zip(reports, rates, ranks, strict=True):
-        report |= {"heldout_convergence_rate": rate, "heldout_effective_rank": rank}
-        shares = [f"{report[key]:.1%}" for key in ("convergence_rate", "heldout_convergence_rate", "exact_share")]
-        d = report["context_dim"]
-        shown = [f"{r:.1f}/{d} = {r / d:.1%}" for r in (report["effective_rank"], rank)]
-        rows.append([str(report["block"]), *shares, *shown])
-    rank, width = heldout["context_effective_rank"], heldout["context_dim"]
-    rows.append(["side by side", "", "", "", "", f"{rank:.1f}/{width} = {rank / width:.1%}"])
-    print(format_table(["ContextBlock", "converged", "held out", "as exact", "effective rank", "held out"], rows))
-    together = {"context_dim": width, "heldout_effective_rank": rank}
-    finish(run, train_seconds, {"steps": step, "blocks": reports, "all_blocks": together})
-    print(f"\ncheckpoint {run.folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={run.folder.path}")
-    return 0
+    heldout = evaluate_contexts(model, val_data.tokens, reports)
+    rates = ", ".join(f"{rate:.1%}" for rate in heldout["context_convergence_rates"])
+    side_by_side = rank_text(heldout["context_effective_rank"], heldout["context_dim"])
+    world.say(f"held-out tokens: converged {rates}, {side_by_side}")
+    folder.finish(train_seconds, {"steps": step, "blocks": reports, **heldout})
+    world.say(f"\ncheckpoint {folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={folder.path}")
+
+
+def rank_text(rank: float, width: int) -> str:
+    return f"effective rank {rank:.1f}/{width} = {rank / width:.1%}"
 
 
 def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tensor]:
     """What each of count blocks is trained on, (N,) int64 on the CPU: its part of the stream, or the union of all."""
     each = len(tokens) // count
-    starts = range(0, count * each, each)
-    parts = [torch.from_numpy(tokens[a : a + min(each, s.num_tokens)].astype(np.int64)) for a in starts]
+    parts = [torch.from_numpy(tokens[i * each :][: min(each, s.num_tokens)].astype(np.int64)) for i in range(count)]
     return parts if s.cascade_data == "split" else [torch.cat(parts)] * count
 
 
 # ------------------------------------------------------------------------------------------ how runs begin and end
 
 
-def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
-    """The run that a job asks for, new or to go on with; None if it is finished already.
-
-    Raises InputError where its data, its model, what it starts from and its folder do not fit together.
-    """
-    s, config, table = job.settings, job.model_config, None
-    sources: dict[str, dict[str, Any]] = {}  # what a new run starts from: the checkpoints, by name
+def open_run(job: Job, folder: RunFolder) -> tuple[Any, TokenFile, TokenFile] | None:
+    """Model, training and validation tokens of a run, new or to go on with; None if it is finished already."""
+    s, config, table, world = job.settings, job.model_config, None, folder.world
+    sources: dict[str, dict[str, Any]] = {}  # checkpoints that a new run starts from, of a hub's the tokenizer alone
     parent = folder.path if s.init_from == "resume" else Path(s.init_from)
     if s.phase == "phase1" and s.embeddings != "random":
         table, sources[s.embeddings] = load_table(s.embeddings)
@@ -431,9 +411,10 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
     tokenizer = train_data.meta["tokenizer"]
     head: dict[str, Any] = {"config": asdict(s), "model_args": model_args(config), "commit": git_commit()}
     head["data"] = {"tokenizer": tokenizer, "train_sha256": train_data.digest, "val_sha256": val_data.digest}
-    checkpoint = folder.claim(head)
+    progress = dict[str, Any](iter_num=0, tokens_seen=0, train_seconds=0.0, parents=[], context_blocks=[])
+    folder.claim(head)
     goes_on = s.init_from == "resume" or getattr(s, "eval_only", False) or not (folder.path / "summary.json").exists()
-    if checkpoint is not None and not goes_on:
+    if (checkpoint := folder.checkpoint) is not None and not goes_on:
         world.say(f"{folder.path} is finished after {checkpoint['iter_num']} steps; --overwrite=True trains it again")
         return None
 
@@ -443,7 +424,7 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
         raise InputError(f"phase={s.phase!r}: model={s.model!r} has no ContextBlock to train or to read")
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
-        head |= {key: checkpoint[key] for key in ("parents", "tokens_seen", "context_blocks")}
+        progress = {key: checkpoint[key] for key in progress}
     else:
         if s.init_from != "scratch":
             sources[s.init_from] = start_from(model, job, world)
@@ -451,17 +432,17 @@ def open_run(job: Job, folder: RunFolder, world: World) -> Run | None:
             model.embed_in.weight.data.copy_(table)
         for name, theirs in sources.items():
             if (other := theirs["data"]["tokenizer"]) != tokenizer:
-                message = f"{name} was trained on {other} tokens, {train_data.path} holds {tokenizer} tokens"
-                raise InputError(f"{message}; prep.py --tokenizer={other} makes others")
-        head["parents"] = [parent for name, theirs in sources.items() for parent in [*theirs["parents"], name]]
-        head["tokens_seen"] = sum(theirs["tokens_seen"] for theirs in sources.values())
-        head["context_blocks"] = [block for theirs in sources.values() for block in theirs["context_blocks"]]
+                raise InputError(f"{name} was trained on {other} tokens, {train_data.path} holds {tokenizer} tokens")
+            progress["parents"] += [*theirs.get("parents", []), name]
+            progress["tokens_seen"] += theirs.get("tokens_seen", 0)
+            progress["context_blocks"] += theirs.get("context_blocks", [])
+    folder.head |= progress
     world.say(f"settings: {json.dumps({**head['config'], 'model_args': head['model_args']})}")
     if job.passed_over:
         world.say(f"a layer could not set: {', '.join(job.passed_over)}")
-    world.say(f"model {s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; run folder {folder.path}")
-    world.say(f"data {train_data.path.parent}: {len(train_data.tokens):,} training tokens")
-    return Run(s, model, train_data, val_data, folder, world, head, checkpoint)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_data.tokens):,} training tokens"
+    world.say(f"model {s.model} on {train_data.path.parent}: {size}; run folder {folder.path}")
+    return model, train_data, val_data
 
 
 def open_tokens(s: TrainSettings, world: World, vocab_size: int) -> tuple[TokenFile, TokenFile]:
@@ -492,7 +473,7 @@ def start_from(model: Any, job: Job, world: World) -> dict[str, Any]:
         raise InputError(f"init_from={name} holds no ContextBlock that fits this model")
     counts = Counter(became.values())
     world.say(f"from {name}: {counts['copied']} tensors copied, {counts['converted']} converted; new: {', '.join(new)}")
-    return checkpoint or {**NOT_TRAINED_HERE, "data": {"tokenizer": "neox"}}
+    return checkpoint or {"data": {"tokenizer": "neox"}}
 
 
 def load_table(source: str) -> tuple[Tensor, dict[str, Any]]:
@@ -501,30 +482,18 @@ def load_table(source: str) -> tuple[Tensor, dict[str, Any]]:
         model, checkpoint = load_source(source)
         return model.head_weight.detach(), checkpoint or {}
     try:
-        return read_gpt2_table(source), {**NOT_TRAINED_HERE, "data": {"tokenizer": "gpt2"}}
+        return read_gpt2_table(source), {"data": {"tokenizer": "gpt2"}}
     except InputError as error:
-        hint = "a run folder, such as --embeddings=out/pythia, and --embeddings=random need no hub"
-        raise InputError(f"embeddings={source!r}: {one_line(error)}; {hint}") from None
-
-
-def finish(run: Run, train_seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
-    """Write summary.json, by which a run is known to be finished; returns it."""
-    s, head = run.settings, run.head
-    summary = {"model": s.model, "phase": s.phase, "seed": s.seed, "train_seconds": train_seconds, **figures}
-    summary |= {"parents": head["parents"], "commit": head["commit"], "checkpoint": str(run.folder.path / "ckpt.pt")}
-    run.folder.write_json("summary.json", summary)
-    return summary
+        raise InputError(f"embeddings={source!r}: {error}; 'random' and a run folder of yours need no hub") from None
 
 
 def main() -> None:
-    job, received = parse_train(sys.argv[1:], PHASES), 0
-    train_phase = train_context_blocks if job.settings.phase == "phase1" else train_language_model
+    job = parse_train(sys.argv[1:], PHASES)
     path = Path(job.settings.out_dir or Path("out", job.name))
     with open_world(job.settings.device) as world, RunFolder(path, world) as folder:
-        if (run := open_run(job, folder, world)) is not None:
-            received = train_phase(run)
-    if received:
-        sys.exit(128 + received)
+        if (opened := open_run(job, folder)) is not None:
+            train: Any = train_context_blocks if job.settings.phase == "phase1" else train_language_model
+            train(job.settings, *opened, folder)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,9 @@ def export_model(model: Any, tokenizer: str, data_dir: str, folder: Path) -> Non
             raise InputError(f"the files of gpt2's tokenizer cannot be had ({one_line(error)[:150]})") from None
         return
     (folder / "tokenizer.json").write_bytes(neox_json(data_dir))
-    end = "<|endoftext|>"
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "unk_token": end,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
         "pad_token": "<|padding|>",
         "model_max_length": model.config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,

@@ -64,7 +64,7 @@ def run(main: Callable[[], None]) -> None:
             message = f"{error.strerror}: {error.filename or 'while writing'}; what was complete before is kept"
         elif "C++ compiler" in message:
             message = "torch.compile finds no C++ compiler: install one, g++ or clang++, or leave compile=False"
-        elif type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "allocate memory" in message:
+        elif type(error).__name__.endswith("MemoryError") or "allocate memory" in message:
             message = f"out of memory: a smaller batch or model is needed ({message[:150]})"
         elif not isinstance(error, InputError | BrokenPipeError):
             raise

@@ -12,7 +12,8 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .fast import next_token_loss
-from .variant import Cache, Config, Model  # type: ignore[import-not-found]
+from .pythia_base import Cache  # type: ignore[import-not-found]
+from .variant import Config, Model  # type: ignore[import-not-found]
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 IGNORED = ("cache_position", "return_dict")  # what transformers 4 says twice
@@ -90,13 +91,9 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
 
         Without use_cache=True a call keeps no cache; `generate` asks for one itself.
         """
-        others = {
-            key: value
-            for key, value in others.items()
-            if key not in IGNORED and value is not None and value is not False
-        }
-        if others:
-            raise ValueError(f"{', '.join(others)}: not supported by this model")
+        unknown = [k for k, value in others.items() if k not in IGNORED and value is not None and value is not False]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: not supported by this model")
         if attention_mask is not None and (attention_mask.diff(dim=1) > 0).any():
             raise ValueError("padding before or within a text is not supported: batch prompts of equal length")
         cache = past_key_values if cache is None else cache

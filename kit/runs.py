@@ -9,7 +9,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,12 @@ from torch import Tensor
 
 from kit.files import InputError, make_folder, one_line, replacing
 
-FREE = {
-    "out_dir",
-    "overwrite",
-    "device",
-    "context_cache",
-    "final_eval",
-    "log_to",
-}  # settings that may change when a run goes on
-FIXED = {"model", "phase", "dataset", "model_args", "data"}  # that may not even where it is resumed or looked at
+FREE = {"out_dir", "overwrite", "device", "context_cache", "final_eval", "log_to"}  # may change when a run goes on
+FIXED = {"model", "phase", "dataset", "model_args", "data", "optimizer"}  # may not, even where it is resumed
 ROWS = {"tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"}  # nor these in documents
-LAYOUT = {"model", "model_args", "iter_num", "config", "data", "parents", "tokens_seen", "commit", "context_blocks"}
+LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "train_seconds", "config", "data", "commit", "parents"}
+LAYOUT |= {"context_blocks"}
+STATE = {"optimizer", "scaler", "batches", "rng", "best_val_loss", "evaluations_without_gain"}  # of a language model
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,6 @@ class World:
             print(text, flush=True)
 
     def barrier(self) -> None:
-        """Wait for the other processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -62,6 +56,11 @@ class World:
         parts = [torch.empty_like(rows) for _ in range(self.size)]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
+
+    def agree(self, signals: list[int]) -> int:
+        """The signal that any of the processes has received, 0 if none has."""
+        mine = max(signals, default=0)
+        return mine if self.size == 1 else int(self.gather(torch.tensor([mine], device=self.device)).max())
 
 
 @contextlib.contextmanager
@@ -96,6 +95,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     def __init__(self, path: Path, world: World) -> None:
         self.path, self.world = path, world
         self.lock = FileLock(path / ".lock")  # held until the process ends, however it ends
+        self.head: dict[str, Any] = {}  # what all its checkpoints have in common
+        self.checkpoint: dict[str, Any] | None = None  # what it goes on from; None: it is new
 
     def __exit__(self, *exception: object) -> None:
         """Give up the lock; a folder that nothing was written to goes with it."""
@@ -104,13 +105,10 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 shutil.rmtree(self.path)
             self.lock.release()
 
-    def claim(self, head: dict[str, Any]) -> dict[str, Any] | None:
-        """Take the folder for a new run (None) or one to go on with (its checkpoint, which head has to fit).
-
-        Raises InputError if it holds another run, or one that is being trained right now.
-        """
-        settings = head["config"]
-        is_look = settings.get("eval_only", False)
+    def claim(self, head: dict[str, Any]) -> None:
+        """Take the folder for a new run, or to go on with the one that it holds, which head has to fit."""
+        self.head, settings, file = head, head["config"], self.path / "ckpt.pt"
+        is_resumed, is_look = settings["init_from"] == "resume", settings.get("eval_only", False)
         if self.world.is_main and not is_look:
             make_folder(self.path)
             try:
@@ -118,41 +116,42 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             except Timeout:
                 raise InputError(f"another process is training in {self.path}") from None
         self.world.barrier()  # nobody reads the folder before it is claimed
-        if settings["overwrite"] or not (self.path / "ckpt.pt").exists():
-            if settings["init_from"] == "resume":
+        if settings["overwrite"] or not file.exists():
+            if is_resumed:
                 raise InputError(f"init_from='resume': {self.path} holds no checkpoint")
-            return None
-        checkpoint = read_checkpoint(self.path)
+            return
+        checkpoint = read_checkpoint(file)
         theirs, mine = ({**h["config"], "model_args": h["model_args"], "data": h["data"]} for h in (checkpoint, head))
         keys = (theirs.keys() | mine.keys()) - FREE
-        if settings["init_from"] == "resume" or is_look:
+        if is_resumed or is_look:
             keys = FIXED | (ROWS if settings.get("tokens_per_doc") else set())
         if differing := sorted(key for key in keys if theirs.get(key) != mine.get(key)):
             shown = ", ".join(f"{k} {theirs.get(k)!r:.80} there, {mine.get(k)!r:.80} here" for k in differing[:3])
             ways = "another --out_dir keeps both, --init_from=resume goes on with it, --overwrite=True replaces it"
             raise InputError(f"{self.path} holds another run ({shown}): {ways}")
-        return checkpoint
+        if not is_look and settings["phase"] != "phase1" and (missing := STATE - checkpoint.keys()):
+            raise InputError(f"{file} cannot be gone on from, it has no {', '.join(sorted(missing))}: train it again")
+        self.checkpoint = checkpoint
 
-    def begin(self, head: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    def begin(self) -> None:
         """Write the settings; a new run clears what is there, one that goes on unlogs the steps that it does again."""
         if not self.world.is_main:
             return
-        log, settings = self.path / "log.jsonl", {**head["config"], "model_args": head["model_args"]}
-        self.show = open_tracker(self.path, settings, 0 if checkpoint is None else checkpoint["iter_num"] + 1)
-        if checkpoint is None:
+        log, settings = self.path / "log.jsonl", {**self.head["config"], "model_args": self.head["model_args"]}
+        self.show = open_tracker(self.path, settings, 0 if self.checkpoint is None else self.head["iter_num"] + 1)
+        if self.checkpoint is None:
             for name in ("ckpt.pt", "best.pt", "summary.json", "log.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
         elif log.exists():
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # the last one may be half
-            kept = [line for line in lines if json.loads(line)["step"] <= checkpoint["iter_num"]]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.head["iter_num"]]
             self.write("log.jsonl", "".join(line + "\n" for line in kept).encode())
         self.write_json("config.json", settings)
 
-    def save(self, checkpoint: dict[str, Any], *names: str) -> None:
-        """Write a checkpoint under each of the names."""
+    def save(self, state: dict[str, Any], *names: str) -> None:
         if self.world.is_main:
             content = io.BytesIO()
-            torch.save(checkpoint, content)
+            torch.save({**self.head, **state}, content)
             for name in names:
                 self.write(name, content.getbuffer())
 
@@ -169,15 +168,19 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         if self.world.is_main:
             with (self.path / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.show(entry)
+            self.show({key: value for key, value in entry.items() if isinstance(value, float)}, entry["step"])
+
+    def finish(self, train_seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json, by which a run is known to be finished; returns it."""
+        summary = {key: self.head["config"][key] for key in ("model", "phase", "seed")}
+        summary |= {key: self.head[key] for key in ("parents", "commit")}
+        summary |= {"checkpoint": str(self.path / "ckpt.pt"), "train_seconds": train_seconds, **figures}
+        self.write_json("summary.json", summary)
+        return summary
 
 
-def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[dict[str, Any]], None]:
-    """What shows the entries of a run's log where its setting log_to says: in TensorBoard, in wandb or nowhere.
-
-    A run that is resumed goes on where it was shown before. Raises InputError where that cannot be.
-    """
-    write: Any = None
+def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[dict[str, float], int], Any]:
+    """What shows figures and their step where log_to says; a run that is resumed goes on where it was shown before."""
     name = settings["log_to"]
     try:
         if name == "tensorboard":
@@ -189,27 +192,20 @@ def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Calla
                 for key, value in figures.items():
                     writer.add_scalar(key, value, step)
 
-        elif name == "wandb":
+            return write
+        if name == "wandb":
             import wandb
 
             identity = path / "wandb_id"
             if first_step == 0 or not identity.exists():
                 identity.write_text(uuid.uuid4().hex)
             options = {"project": "kv-cache", "name": path.name, "id": identity.read_text(), "resume": "allow"}
-            write = wandb.init(dir=path, config=settings, **options).log
+            return wandb.init(dir=path, config=settings, **options).log
     except ImportError:
         raise InputError(f"log_to={name!r}: the library is missing, pip install {name}") from None
     except Exception as error:  # of wandb: no account, no network
         raise InputError(f"log_to={name!r}: {one_line(error)[:200]}") from None
-
-    def show(entry: dict[str, Any]) -> None:
-        figures = {key: value for key, value in entry.items() if key not in ("step", "losses")}
-        if losses := entry.get("losses"):
-            figures["loss"] = sum(losses) / len(losses)
-        if write:
-            write(figures, step=entry["step"])
-
-    return show
+    return lambda figures, step: None
 
 
 def git_commit() -> str:
@@ -220,31 +216,17 @@ def git_commit() -> str:
     return ""
 
 
-class StopRequest:
-    """Within it, SIGINT and SIGTERM ask the run to save and stop after the step it is in."""
-
-    def __enter__(self) -> "StopRequest":
-        self.signal = 0
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within it, SIGINT and SIGTERM are only noted, so that a run can save and stop after the step it is in."""
+    received: list[int] = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def receive(self, number: int, frame: object) -> None:
-        self.signal = number
-
-    def agreed(self, world: World) -> int:
-        """The signal that any of the processes has received, 0 if none has."""
-        if world.size == 1:
-            return self.signal
-        return int(world.gather(torch.tensor([self.signal], device=world.device)).max())
-
-
-def model_args(model_config: Any) -> dict[str, Any]:
-    """A model config as plain values, from which its class builds it again."""
-    return {field.name: getattr(model_config, field.name) for field in fields(model_config) if field.init}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

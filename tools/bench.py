@@ -42,7 +42,7 @@ from kit.runs import pick_device
 from kit.tokens import load_tokens
 from model_mla import ALiBiPositionEncoding, alibi_attention
 from pythia_base import Cache, stream_tokens
-from train import make_optimizer
+from train import LMSettings, make_optimizers, pick_dtype
 
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py
 STEPS = ((1, 256), (1, 8192), (1, 32768), (8, 2048), (8, 8192))  # rows and tokens in the cache
@@ -162,6 +162,11 @@ def transformers_model(settings: BenchSettings) -> Any:
         return GPTNeoXForCausalLM.from_pretrained(folder).eval()
 
 
+def training_dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    """Those whose products are fast here: bfloat16 only where there are instructions for it."""
+    return {name: d for name, d in DTYPES.items() if d in (torch.float32, pick_dtype("auto", device))}
+
+
 def operations_of(work: Callable[[], Any]) -> int:
     """Floating-point operations of the products in work, done without the kernels, which are not counted."""
     with mock.patch("kit.fast.kernels", None), FlopCounterMode(display=False) as counter:
@@ -191,14 +196,14 @@ def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[dict[
     contenders = {}
     if theirs := transformers_model(settings):
         optimizer = torch.optim.AdamW(theirs.to(device).train().parameters(), lr=1e-4)
-        for name, dtype in DTYPES.items():
+        for name, dtype in training_dtypes(device).items():
             work = partial(step, theirs, optimizer, dtype, lambda model: next_token_loss(model(idx).logits, targets))
             contenders[f"transformers {name}"] = Contender(work, idx.numel())
     ours = seeded_model("pythia", settings).to(device)
     operations = operations_of(lambda: ours(idx, targets)[1].backward())
-    optimizer = make_optimizer(ours, 1e-4, 0.1, (0.9, 0.95))
-    for (name, dtype), to_reach in zip(DTYPES.items(), ("1.0", "2.0"), strict=True):
-        work = partial(step, ours, optimizer, dtype, lambda model: model(idx, targets)[1])
+    fused = make_optimizers(ours, LMSettings())["optimizer"]
+    for (name, dtype), to_reach in zip(training_dtypes(device).items(), ("1.0", "2.0"), strict=False):
+        work = partial(step, ours, fused, dtype, lambda model: model(idx, targets)[1])
         contenders[f"ours {name}"] = Contender(work, idx.numel(), operations=operations, to_reach=to_reach)
     yield compare("training step", contenders, settings.repeats, device)
 
@@ -211,7 +216,7 @@ def bench_prefill(settings: BenchSettings, device: torch.device) -> Iterator[dic
     def prefill(model: Any) -> None:
         next(stream_tokens(model, idx, model.init_cache(1, idx.size(1)), 1, temperature=0))
 
-    for name, dtype in DTYPES.items():
+    for name, dtype in training_dtypes(device).items():
         contenders = {}
         if theirs := transformers_model(settings):
             theirs = theirs.to(device, dtype)

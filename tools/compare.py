@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,18 +24,18 @@ from kit.files import make_folder, run
 from prep import PrepSettings, prepare
 from train import TrainSettings
 
-RECIPES = {  # config -> the run that it needs, and options in which {} is that run's folder
-    "pythia": ("", ""),
-    "phase1": ("", ""),
-    "context_kv_phase1": ("", ""),
-    "phase2": ("phase1", "--init_from={}"),
+RECIPES = {  # config -> its options; {NAME} is the folder of another config's run, which has to be trained before
+    "pythia": "",
+    "phase1": "",
+    "context_kv_phase1": "",
+    "phase2": "--init_from={phase1}",
     # the baseline's tokens and table in the place of GPT-2's, and no early end: all see the same tokens
-    "cascade_phase1": ("pythia", "--dataset=mini --embeddings={}"),
-    "context_kv_phase2": ("context_kv_phase1", "--init_from={}"),
-    "context_kv_50": ("context_kv_phase1", "--init_from={}"),
-    "cascade_phase2": ("cascade_phase1", "--dataset=mini --patience=None --init_from={}"),
-    **{f"mla_kv{width}": ("", "") for width in (64, 128, 256)},
-    **{f"infini{mode}": ("", "") for mode in ("", "_banks2", "_alibi", "_alibi2", "_multi4", "_multi8", "_long")},
+    "cascade_phase1": "--dataset=mini --embeddings={pythia}",
+    "context_kv_phase2": "--init_from={context_kv_phase1}",
+    "context_kv_50": "--init_from={context_kv_phase1}",
+    "cascade_phase2": "--dataset=mini --patience=None --init_from={cascade_phase1}",
+    **{f"mla_kv{width}": "" for width in (64, 128, 256)},
+    **{f"infini{mode}": "" for mode in ("", "_banks2", "_alibi", "_alibi2", "_multi4", "_multi8", "_long")},
 }
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
@@ -57,46 +56,45 @@ def plan(settings: CompareSettings) -> Runs:
     for seed in range(TrainSettings.seed, TrainSettings.seed + settings.seeds):
         endings = layers + [str(seed)] * (seed != TrainSettings.seed)
         folders = {config: Path("out", "-".join([config, *endings])) for config in RECIPES}
-        for config, (needs, options) in RECIPES.items():
+        for config, options in RECIPES.items():
             words = ["train.py", *(f"config/{name}.py" for name in (config, *layers)), f"--seed={seed}"]
-            words += [f"--out_dir={folders[config]}", *options.format(folders.get(needs)).split()]
-            runs[folders[config]] = words, folders.get(needs)
+            words += [f"--out_dir={folders[config]}", *options.format(**folders).split()]
+            runs[folders[config]] = words, next((folders[name] for name in RECIPES if f"{{{name}}}" in options), None)
     return runs
 
 
 def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     """Train so many at a time, each after what it needs; what they print goes to folder. Those that succeeded."""
-    running: list[subprocess.Popen[bytes]] = []
-    succeeded: dict[Path | None, Future[bool]] = {}
-
-    def train(run_folder: Path, words: list[str], needed: Future[bool] | None) -> bool:
-        if needed is not None and not needed.result():
-            tqdm.write(f"FAILED: {run_folder}, not started, because what it needs failed", sys.stderr)
-            return False
-        tqdm.write(f"python {' '.join(words)}")
-        output = folder / f"{run_folder.name}.txt"
-        with output.open("wb") as file:
-            process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT)
-        running.append(process)
-        if status := process.wait():
-            last = output.read_text(errors="replace").rstrip().rpartition("\n")[2]
-            tqdm.write(f"FAILED: {run_folder}, exit status {status}, see {output}: {last}", sys.stderr)
-        return status == 0
-
-    with ThreadPoolExecutor(processes) as pool:
-        try:
-            for run_folder, (words, needs) in runs.items():
-                succeeded[run_folder] = pool.submit(train, run_folder, words, succeeded.get(needs))
-            for _ in tqdm(as_completed(succeeded.values()), total=len(runs), unit="run"):
-                pass
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in succeeded.values()):
-                for process in running:  # one may have been started in between
-                    process.terminate()
-                time.sleep(0.2)
-            raise
-    return [run_folder for run_folder in runs if succeeded[run_folder].result()]
+    waiting, running, failed = dict(runs), dict[Path, subprocess.Popen[bytes]](), set[Path | None]()
+    outputs = {run_folder: folder / f"{run_folder.name}.txt" for run_folder in runs}
+    bar = tqdm(total=len(runs), unit="run")
+    try:
+        while waiting or running:
+            for run_folder, (words, needs) in list(waiting.items()):
+                if needs in failed:
+                    tqdm.write(f"FAILED: {run_folder}, not started, because what it needs failed", sys.stderr)
+                    failed.add(run_folder)
+                    del waiting[run_folder]
+                elif len(running) < processes and needs not in {*waiting, *running}:
+                    tqdm.write(f"python {' '.join(words)}")
+                    del waiting[run_folder]
+                    with outputs[run_folder].open("wb") as file:
+                        running[run_folder] = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file)
+            for run_folder, process in list(running.items()):
+                if (status := process.poll()) is not None:
+                    del running[run_folder]
+                if status:
+                    last = outputs[run_folder].read_text(errors="replace").rstrip().rpartition("\n")[2]
+                    tqdm.write(f"FAILED: {run_folder}, exit status {status}, {outputs[run_folder]}: {last}", sys.stderr)
+                    failed.add(run_folder)
+            bar.update(len(runs) - len(waiting) - len(running) - bar.n)
+            time.sleep(0.2)
+    finally:  # after Ctrl-C too: nothing outlives it
+        bar.close()
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return [run_folder for run_folder in runs if run_folder not in failed]
 
 
 def main() -> None:

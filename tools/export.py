@@ -74,11 +74,8 @@ def main() -> None:
         raise InputError(f"{folder} holds something already: name a new folder, or remove it")
     model, checkpoint = load_source(source)
     summary = Path(source, "summary.json")
-    try:
-        figures = dict(json.loads(summary.read_text())) if summary.is_file() else {}
-    except (ValueError, TypeError):
-        raise InputError(f"{summary} is damaged: remove it, or train the run again") from None
-    figures = {**figures, **count_parameters(model), **evaluate_cache(model)}
+    figures = json.loads(summary.read_text()) if summary.is_file() else {}
+    figures |= {**count_parameters(model), **evaluate_cache(model)}
     figures.pop("checkpoint", None)  # a path of this machine
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch._inductor.exc import InvalidCxxCompiler
 
-from configurator import MODELS, Job, Text, baseline_config, build_model, check, load_source, names, parse_settings
+from configurator import MODELS, Job, Text, baseline_config, build_model, check, load_source, parse_settings
 from configurator import parse_train as parse_command
 from eval import EvalSettings
 from kit.files import InputError, run
-from kit.runs import model_args, pick_device, read_checkpoint
+from kit.runs import pick_device, read_checkpoint
+from kit.weights import model_args, settable
 from model_context import ContextKVConfig
 from model_mla import MLAConfig
 from prep import PrepSettings
@@ -139,7 +140,7 @@ def test_a_list_is_a_config_s_tuple() -> None:
     assert parse_train("--model=context_kv", "--context_layers=[2,0]").model_config == expected
 
 
-KEYS = st.sampled_from(sorted({name for cls in [*SETTINGS, *MODEL_CONFIGS] for name in names(cls)}))
+KEYS = st.sampled_from(sorted({name for cls in [*SETTINGS, *MODEL_CONFIGS] for name in settable(cls)}))
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers() | st.text())
 TYPED = st.text() | VALUES.map(repr) | st.sampled_from(["9" * 5000, "(" * 500, "{[]}", "1e999"])
 ARGUMENTS = st.lists(st.builds("--{}={}".format, KEYS | st.text(), TYPED) | KEYS.map("--{}".format), max_size=4)
@@ -168,7 +169,7 @@ def test_help_lists_every_key_once_with_type_default_and_comment(
     text = capsys.readouterr().out
     shown = re.findall(r"^  --(\w+)=\S.* \(.+\)\n      \S+", text, re.MULTILINE)
     assert len(shown) == len(set(shown)) == text.count("\n  --")
-    assert set(shown) == {name for c in ([cls] if cls else [*PHASES.values(), *MODEL_CONFIGS]) for name in names(c)}
+    assert set(shown) == {name for c in ([cls] if cls else [*PHASES.values(), *MODEL_CONFIGS]) for name in settable(c)}
     if not cls:
         assert "  --kv_dim=128 (int)\n      width L of the latent, all that is cached" in text
         assert """  --dtype="auto" (Literal["auto", "float32", "bfloat16", "float16"])\n""" in text

@@ -300,7 +300,7 @@ def test_a_block_that_failed_in_training_shows_it_from_phase_1_to_the_report(
         type_in(monkeypatch, *command, main=train.main)
     type_in(monkeypatch, str(tmp_path / "two"), *score)
     found = [json.loads((tmp_path / n).read_text()) for n in ("one/summary.json", "two/summary.json", "results.json")]
-    rate = found[0]["blocks"][0]["heldout_convergence_rate"]
+    (rate,) = found[0]["context_convergence_rates"]
     assert rate < 0.9
     assert found[1]["trainable_parameters"] == found[2]["runs"][0]["trainable_parameters"] < found[1]["parameters"]
     assert found[1]["context_convergence_rates"] == found[2]["runs"][0]["context_convergence_rates"] == [rate]

@@ -32,10 +32,10 @@ import train
 from configurator import build_model, load_source
 from kit.contexts import context_cache
 from kit.files import InputError
-from kit.runs import World, model_args, read_checkpoint
+from kit.runs import World, read_checkpoint
 from kit.text import get_reversal_pairs
 from kit.tokens import INDEX_DTYPE, Documents, TokenFile, Windows, load_tokens, window_batch
-from kit.weights import read_gpt2_table
+from kit.weights import model_args, read_gpt2_table
 from model_context import effective_rank
 from prep import PrepSettings, prepare
 from pythia_base import PythiaConfig, PythiaModel
@@ -52,6 +52,7 @@ CASCADE = ["--context_dim=8", "--block_size=16", "--gradient_accumulation_steps=
 RUNS = {  # name -> config and options
     "language model": ["pythia.py", *LM],
     "mla": ["mla_kv128.py", *LM, "--kv_dim=4"],
+    "muon": ["pythia.py", *LM, "--optimizer=muon"],
     "documents": ["infini_long.py", *LM, *LONG, *OFTEN],
     "phase 1": ["phase1.py", *TINY[:4], *PHASE_1],
     "kv phase 1": ["context_kv_phase1.py", *TINY[:4], *PHASE_1],
@@ -320,6 +321,7 @@ CUTS = {  # run -> one after the other, its moments, at which call since it was 
         ("validate", 1, False), ("write", 4, False),  # of step 8; between its two checkpoints
         ("batch", 8, True), ("write", 3, False),  # the last step; before summary.json
     ],
+    "muon": [("batch", 2, True), ("batch", 4, False)],
     # stretches end at steps 4 and 8, two micro-batches a step
     "documents": [("batch", 4, True), ("batch", 5, False), ("batch", 6, True), ("batch", 4, True), ("write", 3, False)],
     "phase 1": [("iteration", 2, False), ("iteration", 4, False), ("iteration", 1, True), ("iteration", 4, False)],
@@ -406,6 +408,8 @@ def test_the_commands_of_the_readme(
     text = type_in(sample.main, str(run), "--prompt=The cache", "--max_new_tokens=8")
     assert text.startswith("The cache")
     assert "(87.5% saved)" in text
+    greedy = [type_in(sample.main, str(run), "--max_new_tokens=8", f"--temperature={t}") for t in ("0", "1e-320")]
+    assert len({text.split("---")[0] for text in greedy}) == 1
 
 
 # ------------------------------------------------------------------------------------------------- the run's folder
@@ -581,8 +585,8 @@ def test_the_cascade_on_the_table_of_a_run(
     assert [report["block"] for report in summary["blocks"]] == [0, 1]
     heldout = torch.from_numpy(load_tokens(data_dir / "few", "val").tokens[:600].astype(np.int64))
     rank = effective_rank(first.recurrences(heldout[None], None)[0].detach())
-    assert summary["all_blocks"]["context_dim"] == 16
-    assert summary["all_blocks"]["heldout_effective_rank"] == pytest.approx(rank, rel=1e-3)
+    assert summary["context_dim"] == 16
+    assert summary["context_effective_rank"] == pytest.approx(rank, rel=1e-3)
     assert summary_of(two)["context_effective_rank"] == pytest.approx(rank, rel=1e-3)
 
 
@@ -609,7 +613,7 @@ def test_a_gpt2_folder_is_read(tmp_path: Path) -> None:
     [
         ("mpt", "'mpt'"),  # it has a wte too, of another tokenizer
         ("empty", "empty.*cannot be read"),
-        ("gpt2", r"gpt2.*a run folder, such as --embeddings=out/pythia, and --embeddings=random"),
+        ("gpt2", "gpt2.*'random' and a run folder of yours need no hub"),
         ("gpt2 folder", r"trained on gpt2 tokens, .*few/train.bin holds neox tokens"),
         ("gpt2 run", r"trained on gpt2 tokens, .*few/train.bin holds neox tokens"),
         ("neox run", "num_heads=8 does not divide hidden_size=12"),

@@ -23,8 +23,8 @@ import prep
 import sample
 import train
 from kit.files import run
-from kit.runs import model_args
 from kit.text import get_reversal_pairs
+from kit.weights import model_args
 from pythia_base import PythiaConfig, PythiaModel
 from tools import bench, compare
 
@@ -142,7 +142,7 @@ RUNS |= all_say(OTHER, {
     "absurd-size": changed(model_args=SMALL | {"vocab_size": 10**15}), "no-weights": changed(model={}),
     "other-model": changed(config={"model": "gpt", "phase": "lm"}),
 })  # fmt: skip
-RUNS["missing"] = lambda folder: None, "holds neither a checkpoint nor Hugging Face weights"
+RUNS["missing"] = lambda folder: None, "cannot be read as gpt_neox"
 RUNS["one-shape"] = changed_weights(**{"embed_in.weight": torch.zeros(31, 17)}), f"{OTHER}: ...size mismatch"
 
 
@@ -183,10 +183,12 @@ def workshop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         run_training("config/pythia.py", *shlex.split(NARROW), "--max_iters=1", "--out_dir=runs/pythia")
         run_training("config/phase1.py", *shlex.split(PHASE_1), "--out_dir=runs/phase1")
-    for run_name in ("damaged", "seized"):
+    for run_name in ("damaged", "seized", "stripped"):
         shutil.copytree(folder / "runs" / "pythia", folder / "runs" / run_name)
     truncate(folder / "runs" / "damaged" / "ckpt.pt")
     RUNS["malicious"][0](folder / "runs" / "seized")
+    whole = torch.load(folder / "runs" / "pythia" / "ckpt.pt", weights_only=True)
+    save(lambda _: {key: whole[key] for key in whole if key != "optimizer"})(folder / "runs" / "stripped")
     return folder
 
 
@@ -255,7 +257,7 @@ PREP = cases("prep.py", {
     "--dataset=x --files=file --data_dir=data": "--files=file has to match files of one kind",
 })  # fmt: skip
 PREP += cases("prep.py --stage=contexts", {
-    "--data_dir=data": "--init_from=", "--init_from=bare": "neither a checkpoint", "--overlap=0": "overlap='0'",
+    "--data_dir=data": "--init_from=", "--init_from=bare": "'bare' cannot be read", "--overlap=0": "overlap='0'",
     "--init_from=runs/pythia --data_dir=data": "has no ContextBlock",
     "--init_from=runs/phase1 --dataset=wikitext2": "was trained on own",
     "--init_from=runs/phase1 --device=gpu": "device='gpu' cannot be used here",
@@ -280,6 +282,7 @@ PREP += [
 RUNNING = cases(f"train.py config/pythia.py {NARROW} --out_dir=new", {
     "--dataset=none": "holds no token files; make them with", "--block_size=4096": "above the model's limit of 2048",
     "--vocab_size=100": "outside the model's 100 rows", "--vocab_size=1_000_000_000_000_000": "out of memory",
+    f"--batch_size={2**62}": f"batch_size x gradient_accumulation_steps = {2**62}",
     "--device=cuda:99": "device='cuda:99' cannot be used here", "--tokens_per_doc=64": "no memory to carry",
     "--init_from=resume": "new holds no checkpoint", "--init_from=config/none.py": "out/none is missing; make it",
     "--init_from=runs/few-rows": "few-rows...vocab_size=31", "--init_from=weights/good": "vocab_size=31",
@@ -291,10 +294,12 @@ RUNNING = cases(f"train.py config/pythia.py {NARROW} --out_dir=new", {
 RUNNING += cases(f"train.py config/pythia.py {NARROW}", {
     "--out_dir=file": NO_FOLDER, f"--out_dir={'ü' * 200}": "File name too long",
     "--out_dir=runs/damaged --max_iters=1": UNREADABLE, "--out_dir=runs/seized --init_from=resume": UNREADABLE,
+    "--out_dir=runs/stripped --init_from=resume": "runs/stripped/ckpt.pt cannot be gone on from, it has no optimizer",
     "--out_dir=runs/pythia --max_iters=1 --learning_rate=0.5":
         "runs/pythia holds another run (learning_rate 0.001 there, 0.5 here): another --out_dir",
     "--out_dir=runs/pythia --max_iters=1 --hidden_size=32": "another run",
     "--out_dir=runs/pythia --init_from=resume --num_layers=3": "another run",
+    "--out_dir=runs/pythia --init_from=resume --optimizer=muon": "optimizer 'adamw' there, 'muon' here",
 })  # fmt: skip
 RUNNING += cases(f"train.py config/infini_long.py {NARROW} --out_dir=new", {
     "--tokens_per_doc=64 --segment_len=5": "no multiple of", "--tokens_per_doc=1600000": "no training document has",

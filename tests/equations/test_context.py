@@ -16,7 +16,7 @@ from test_models import make_model
 import pythia_base
 from configurator import parse_train
 from kit.files import InputError
-from kit.runs import model_args
+from kit.weights import model_args
 from model_context import (
     CausalContextAttention,
     ContextBlock,
@@ -33,7 +33,7 @@ from model_context import (
     reference_contexts,
 )
 from pythia_base import PythiaConfig, PythiaModel
-from train import PHASES, Phase1Settings, make_optimizer
+from train import PHASES, LMSettings, Phase1Settings, make_optimizers
 
 SETTINGS = Phase1Settings()
 PASS = {
@@ -193,9 +193,10 @@ def test_starting_from_a_baseline_takes_over_what_reads_the_stream(name: str) ->
 
     before, idx = {k: v.clone() for k, v in model.state_dict().items()}, make_tokens(2, 9)
     model.freeze_for_phase2()
-    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizers = make_optimizers(model, LMSettings(optimizer="muon", learning_rate=0.1)).values()
     model(idx, idx.roll(-1, dims=1))[1].backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
     assert unchanged == {"embed_in.weight", *block}
 

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Malicious, make_tokens, randomise
+from conftest import SMALL, Malicious, make_tokens, randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import pythia_base
 from kit.files import InputError
+from model_cascade import CascadeConfig, CascadeContextLLM
 from model_infini import InfiniConfig, InfiniPythiaModel
 from model_mla import MLAConfig, MLAPythiaModel
 from pythia_base import Cache, PythiaConfig, PythiaModel, draw_token, stream_tokens
-from train import make_optimizer
+from train import LMSettings, make_optimizers
 
 RELEASED: dict[str, Any] = {  # config.json of EleutherAI/pythia-70m
     "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
@@ -229,15 +230,40 @@ def test_a_prompt_longer_than_a_prefill_chunk_decodes_the_same(monkeypatch: pyte
         model.generate(idx[:, :0], max_new_tokens=1, temperature=0.0)
 
 
-def test_only_trained_matrices_decay() -> None:
-    """Not biases, LayerNorms and the scores of banks, which have two dimensions as well; nothing that is frozen."""
-    model = InfiniPythiaModel(InfiniConfig(vocab_size=97, num_memory_banks=2))
+def make_infini() -> InfiniPythiaModel:
+    return InfiniPythiaModel(InfiniConfig(**SMALL, num_memory_banks=2))
+
+
+def make_cascade() -> CascadeContextLLM:
+    """With an output and a trained table of its own."""
+    own: Any = {"freeze_embedding": False, "tie_weights": False}
+    return CascadeContextLLM(CascadeConfig(vocab_size=97, hidden_size=32, context_dim=8, **own))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("make", [make_infini, make_cascade])
+def test_which_optimizer_trains_what(make: Callable[[], Any], name: Any) -> None:
+    """Only matrices decay: not biases, LayerNorms and the scores of banks, which have two dimensions as well.
+
+    Muon takes those of the layers, neither embeddings nor the head. Nothing that is frozen is trained.
+    """
+    model = make()
     model.embed_in.requires_grad_(False)
-    optimizer = make_optimizer(model, learning_rate=0.5, weight_decay=0.25, betas=(0.8, 0.9))
-    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert decay == {
-        p: 0.25 if p.dim() == 2 and not name.endswith("bank_scores") else 0.0
-        for name, p in model.named_parameters()
-        if p.requires_grad
+    settings = LMSettings(optimizer=name, learning_rate=0.5, weight_decay=0.25, beta1=0.8, beta2=0.9)
+    optimizers = make_optimizers(model, settings)
+    found = {
+        p: (key, group["weight_decay"])
+        for key, optimizer in optimizers.items()
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
-    assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {(0.5, (0.8, 0.9))}
+    expected = {}
+    for where, p in model.named_parameters():
+        is_matrix = p.dim() == 2 and not where.endswith("bank_scores")
+        is_muon = name == "muon" and is_matrix and not where.startswith("embed")
+        expected[p] = "muon" if is_muon else "optimizer", 0.25 if is_matrix else 0.0
+    del expected[model.embed_in.weight]
+    assert found == expected
+    assert {group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups} == {0.5}
+    assert {group["betas"] for group in optimizers["optimizer"].param_groups} == {(0.8, 0.9)}
+    assert "muon" not in optimizers or optimizers["muon"].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
