@@ -4,9 +4,8 @@
     python eval.py out/pythia-laptop --tasks=val,wikitext,lambada_openai --include_path=tasks
     python eval.py --verify                                   # EleutherAI/pythia-70m against published figures
 
-A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id. Every model is rebuilt from its
-checkpoint and scored in float32, from an empty state at the start of each window. The table is printed; out_dir gets
-report.md with pictures and results.json. train.py ends every run with the same functions.
+A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id; every model is scored in float32.
+The table is printed, out_dir gets report.md with pictures and results.json. train.py ends runs with the same functions.
 """
 
 import itertools
@@ -40,8 +39,8 @@ from model_context import effective_rank, settled_share
 from prep import PrepSettings
 from pythia_base import stream_tokens
 
-TASKS = ("val", "reversal", "long", "cache", "speed")  # any other is one of lm-evaluation-harness
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
+TASKS = (*RUN_TASKS, "speed")  # any other is one of lm-evaluation-harness
 PUBLISHED = {  # of EleutherAI/pythia-70m, zero-shot, with this harness
     "lambada_openai acc": 0.1842,
     "lambada_openai perplexity": 141.3,
@@ -134,25 +133,25 @@ def evaluate_long(model: Any, data: TokenFile, block_size: int, batch_size: int)
         memory = {"memory": model.init_memory(len(batch[0][0]))} if has_memory else {}
         for w, (idx, targets) in enumerate(zip(*batch, strict=True)):
             for losses, carried in zip(loss, (memory, {}), strict=False):
-                losses[rows, w, : idx.size(1)] = score(model, idx, targets, **carried)[0]
-    reached = range(-(-(len(documents[-1]) - 1) // block_size))
-    windows = {str(w + 1): np.s_[:, w] for w in reached} | {AFTER_FIRST: np.s_[:, 1:]}  # where a memory can help
-    tokens = {w: int(np.isfinite(loss[0][here]).sum()) for w, here in windows.items()}
-    ppls = [{w: ppl(losses[here]) for w, here in windows.items()} for losses in loss]
-    figures = {"long_documents": len(documents), "long_tokens": tokens}
-    return figures | dict(zip(("long_ppl", "long_ppl_reset"), ppls, strict=False))
+                losses[rows, w] = score(model, idx, targets, **carried)[0]
+    windows = {str(w + 1): np.s_[:, w] for w in range(LONG_WINDOWS)} | {AFTER_FIRST: np.s_[:, 1:]}
+    counts = {name: int((~np.isnan(loss[0][here])).sum()) for name, here in windows.items()}
+    figures: Figures = {"long_documents": len(documents), "long_tokens": {k: n for k, n in counts.items() if n}}
+    for name, losses in zip(("long_ppl", "long_ppl_reset"), loss, strict=False):
+        figures[name] = {k: ppl(losses[windows[k]]) for k in figures["long_tokens"]}
+    return figures
 
 
 def evaluate_reversal_curse(
     model: Any, tokenizer: Tokenizer, pairs: list[ReversalPair], device: torch.device
-) -> dict[str, float]:
+) -> Figures:
     """PPL of sentences "A is B." that the training data holds, and of their reversals "B is A.", which it does not.
 
     (Berglund et al. 2023, arXiv 2309.12288.) PPL = exp(mean over sentences of the mean token loss), every token scored
     after a leading end-of-text token. ratio = forward / backward (nearer 1 is better), gap = backward - forward (nearer
     0 is better). The answer figures score the answer's tokens alone: those between the verb and the full stop.
     """
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     for way in ("forward", "backward"):
         texts = [(getattr(pair, way), getattr(pair, f"{way}_answer")) for pair in pairs]
         ids = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text, _ in texts]
@@ -243,12 +242,7 @@ def evaluate_model(
     model: Any, val: TokenFile, tokenizer: Tokenizer, block_size: int, batch_size: int, trained: list[dict[str, Any]],
     tasks: Sequence[str] = RUN_TASKS,
 ) -> Figures:  # fmt: skip
-    """All figures of the tasks for one model on its device, in float32; trained: how phase 1 trained its ContextBlocks.
-
-    COLUMNS in kit/report.py says which are shown. Raises InputError if the tokenizer has ids that the model has not.
-    """
-    if tokenizer.n_vocab > (rows := model.config.vocab_size):
-        raise InputError(f"{val.path} holds {tokenizer.name}'s {tokenizer.n_vocab} tokens, the model has {rows} rows")
+    """The figures of these tasks, of a model on its device; trained: how phase 1 trained its ContextBlocks."""
     model.eval()
     figures: Figures = count_parameters(model)
     if "val" in tasks:
