@@ -98,10 +98,9 @@ def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
         raise InputError(f"--files={settings.files} has to match files of one kind: {', '.join(FILE_FORMATS)}")
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     options |= {"data_files": [glob.escape(path) for path in paths], "split": "train", "cache_dir": str(cache_dir)}
+    for path in (path for path in paths if path.endswith(".zst")):
+        require_whole_zst(path)
     try:
-        for path in paths:
-            if path.endswith(".zst"):
-                require_whole_zst(Path(path))
         rows = datasets.load_dataset(kind, **options)
     except Exception as error:  # whatever the reader of the format raises
         cause = error.__cause__ or error
@@ -281,8 +280,8 @@ def make_recipe(settings: PrepSettings) -> dict[str, Any]:
     forward = "\n".join(pair.forward for pair in get_reversal_pairs())
     recipe = {key: getattr(settings, key) for key in keys}
     recipe["reversal_pairs"] = hashlib.sha256(forward.encode()).hexdigest()
-    states = [(path, os.stat(path)) for path in matching_files(settings)]
-    return recipe | {"files": [[path, state.st_size, state.st_mtime_ns] for path, state in states]}
+    files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in matching_files(settings)]
+    return recipe | {"files": files}
 
 
 def prepare(settings: PrepSettings) -> Path:
@@ -331,8 +330,7 @@ def prepare_contexts(settings: PrepSettings) -> None:
 
 def main() -> None:
     settings, _ = parse_settings(PrepSettings, sys.argv[1:])
-    stage = prepare_contexts if settings.stage == "contexts" else prepare
-    stage(settings)
+    (prepare_contexts if settings.stage == "contexts" else prepare)(settings)
 
 
 if __name__ == "__main__":
