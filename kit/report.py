@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from kit.files import replacing
+from kit.show import SHOWN_LENGTH
 
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
-SHOWN_LENGTH = "2048"  # tokens at which the tables show caches
+SHOWN = str(SHOWN_LENGTH)  # the tables show caches and speeds at this length
 SAME_CONFIG = ("seed", "out_dir", "overwrite", "device", "data_dir")  # settings in which runs of one config may differ
 PPL_MEANING = {  # of one below the number
     5: "abnormal: a leak or a causal-mask error, inspect the code",
@@ -34,7 +35,7 @@ PPL_MEANING = {  # of one below the number
     math.inf: "undertrained: more steps or another learning rate",
 }
 NOTE = (
-    f"Caches are of {int(SHOWN_LENGTH):,} tokens; long PPL is of long documents after their first window; ± and bars: "
+    f"Caches are of {SHOWN_LENGTH:,} tokens; long PPL is of long documents after their first window; ± and bars: "
     "sample standard deviation over seeds. What a PPL is said to be presumes a subword vocabulary of about 50,000."
 )
 COLUMNS: dict[str, tuple[str, ...]] = {  # header: figure, format, and of several places or lengths which one
@@ -98,12 +99,12 @@ class Config:
         """Where a figure was measured: positions, windows, lengths."""
         return [place for place in self.runs[0][figure] if all(place in run[figure] for run in self.runs)]
 
-    def spread(self, figure: str, place: str = SHOWN_LENGTH) -> tuple[Any, Any]:
+    def spread(self, figure: str, place: str = SHOWN) -> tuple[Any, Any]:
         """Mean and sample standard deviation over the seeds, 0 of one; of each ContextBlock where there are several."""
         values = [run[figure][place] if isinstance(run[figure], dict) else run[figure] for run in self.runs]
         return np.mean(values, axis=0), np.std(values, axis=0, ddof=1) if np.ptp(values, axis=0).any() else 0.0
 
-    def show(self, figure: str, form: str, place: str = SHOWN_LENGTH) -> str:
+    def show(self, figure: str, form: str, place: str = SHOWN) -> str:
         """A figure as a table has it: mean, or mean ± standard deviation, or - if a run does not have it."""
         try:
             spread = self.spread(figure, place)
