@@ -12,7 +12,7 @@ import itertools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,8 @@ def evaluate_long(model: Any, data: TokenFile, block_size: int, batch_size: int)
     if has_memory and block_size % model.config.segment_len:
         print(f"long documents: not measured, windows of {block_size} end within a segment", file=sys.stderr)
         return {}
-    bounds, limit = zip(*document_bounds(data), strict=True), LONG_WINDOWS * block_size
-    documents = sorted((data.tokens[s : min(e, s + limit) + 1] for s, e in bounds if e - s >= 2 * block_size), key=len)
+    long = [(s, min(e, s + LONG_WINDOWS * block_size)) for s, e in document_bounds(data) if e - s >= 2 * block_size]
+    documents = sorted((data.tokens[s : e + 1] for s, e in long), key=len)
     if not documents:
         return {}
     loss = np.full((1 + has_memory, len(documents), LONG_WINDOWS, block_size), np.nan)
@@ -207,23 +207,19 @@ def evaluate_speed(model: Any, tokens: np.ndarray) -> Figures:
         prompt = torch.from_numpy(np.resize(tokens[:n], n).astype(np.int64))[None].to(device)  # a short text repeated
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = []
+        spans = []
         for _ in range(1 + SPEED_REPEATS):
-            stream = stream_tokens(model, prompt, model.init_cache(1, n + DECODE_TOKENS), 1 + DECODE_TOKENS, 0.0)
-            times.append((seconds(stream, 1), seconds(stream, DECODE_TOKENS)))
-        prefill, decode = np.median(times[1:], axis=0)  # the first warmed up
+            cache, times = model.init_cache(1, n + DECODE_TOKENS), [time.perf_counter()]
+            for token in stream_tokens(model, prompt, cache, 1 + DECODE_TOKENS, 0.0):
+                token.item()  # waits for the device
+                times.append(time.perf_counter())
+            spans.append((times[1] - times[0], times[-1] - times[1]))
+        prefill, decode = np.median(spans[1:], axis=0)  # the first warmed up
         figures["prefill_tokens_per_s"][str(n)] = n / prefill
         figures["decode_tokens_per_s"][str(n)] = DECODE_TOKENS / decode
         if device.type == "cuda":
             figures["cuda_peak_bytes"][str(n)] = torch.cuda.max_memory_allocated(device)
     return dict(figures)
-
-
-def seconds(stream: Iterator[Tensor], num_tokens: int) -> float:
-    """What the next tokens of a stream take."""
-    started = time.perf_counter()
-    list(itertools.islice(stream, num_tokens))[-1].item()  # which waits for the device
-    return time.perf_counter() - started
 
 
 def count_parameters(model: Any) -> dict[str, int]:

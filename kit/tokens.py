@@ -70,10 +70,10 @@ def load_tokens(folder: str | Path, split: str) -> TokenFile:
     return TokenFile(paths[0], meta, np.memmap(paths[0], dtype="<u2", mode="r"))
 
 
-def document_bounds(data: TokenFile) -> tuple[np.ndarray, np.ndarray]:
-    """Where each document's leading end-of-text token stands, and where its closing one."""
+def document_bounds(data: TokenFile) -> np.ndarray:
+    """Where each document's leading end-of-text token stands, and where its closing one, (documents, 2)."""
     starts = data.doc_index["start"]
-    return starts, np.append(starts[1:], len(data.tokens) - 1)
+    return np.stack([starts, np.append(starts[1:], len(data.tokens) - 1)], axis=1)
 
 
 @dataclass
@@ -134,12 +134,11 @@ class Documents(Windows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        starts, ends = document_bounds(self.data)
-        counts = (ends - starts) // self.tokens_per_doc  # stretches that lie whole within each document
-        if not counts.any():
-            raise InputError(f"no training document has tokens_per_doc={self.tokens_per_doc} tokens")
-        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, .. in each document
-        self.begins = np.repeat(starts, counts) + self.tokens_per_doc * within
+        length, bounds = self.tokens_per_doc, document_bounds(self.data)
+        long = bounds[bounds[:, 1] - bounds[:, 0] >= length]
+        if not len(long):
+            raise InputError(f"no training document has tokens_per_doc={length} tokens")
+        self.begins = np.concatenate([np.arange(start, end - length + 1, length) for start, end in long])
         self.windows_each = self.tokens_per_doc // self.block_size
         self.memories: dict[int, Any] = {}  # by micro-batch
 
