@@ -58,13 +58,10 @@ class HeadLoss(torch.autograd.Function):
 
 
 def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss in nats of every token, and whether none is likelier: (B, T) float32 and bool, for h (B, T, C).
-
-    Softmax and maximum cost as much as the product: each reads the logits once, in memory that all chunks use.
-    """
+    """Loss in nats of every token, and whether none is likelier: (B, T) float32 and bool, for h (B, T, C)."""
     kept, losses, right = targets != -100, [], []
     ys = targets.where(kept, 0).flatten()[:, None].split(LOSS_ROWS)
-    product = h.new_empty(min(targets.numel(), LOSS_ROWS), len(weight))
+    product = h.new_empty(min(targets.numel(), LOSS_ROWS), len(weight))  # one memory for all chunks, as in HeadLoss
     for rows, y in zip(h.flatten(0, 1).split(LOSS_ROWS), ys, strict=True):
         logits = torch.mm(rows, weight.T, out=product[: len(rows)]).float()  # (LOSS_ROWS, V)
         right.append(logits.gather(1, y) == logits.amax(dim=-1, keepdim=True))
