@@ -4,16 +4,15 @@
     python eval.py out/pythia-laptop --tasks=val,wikitext,lambada_openai --include_path=tasks
     python eval.py --verify                                   # EleutherAI/pythia-70m against published figures
 
-A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id. Every model is rebuilt from its
-checkpoint and scored in float32, from an empty state at the start of each window. The table is printed; out_dir gets
-report.md with pictures and results.json. train.py ends every run with the same functions.
+A row is a run folder, a checkpoint file, or a Hugging Face GPT-NeoX folder or hub id; every model is scored in float32.
+The table is printed, out_dir gets report.md with pictures and results.json. train.py ends runs with the same functions.
 """
 
 import itertools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ from model_context import effective_rank, settled_share
 from prep import PrepSettings
 from pythia_base import stream_tokens
 
-TASKS = ("val", "reversal", "long", "cache", "speed")  # any other is one of lm-evaluation-harness
 RUN_TASKS = ("val", "reversal", "long", "cache")  # those that end a training run
+TASKS = (*RUN_TASKS, "speed")  # any other is one of lm-evaluation-harness
 PUBLISHED = {  # of EleutherAI/pythia-70m, zero-shot, with this harness
     "lambada_openai acc": 0.1842,
     "lambada_openai perplexity": 141.3,
@@ -123,8 +122,8 @@ def evaluate_long(model: Any, data: TokenFile, block_size: int, batch_size: int)
     if has_memory and block_size % model.config.segment_len:
         print(f"long documents: not measured, windows of {block_size} end within a segment", file=sys.stderr)
         return {}
-    bounds, limit = zip(*document_bounds(data), strict=True), LONG_WINDOWS * block_size
-    documents = sorted((data.tokens[s : min(e, s + limit) + 1] for s, e in bounds if e - s >= 2 * block_size), key=len)
+    long = [(s, min(e, s + LONG_WINDOWS * block_size)) for s, e in document_bounds(data) if e - s >= 2 * block_size]
+    documents = sorted((data.tokens[s : e + 1] for s, e in long), key=len)
     if not documents:
         return {}
     loss = np.full((1 + has_memory, len(documents), LONG_WINDOWS, block_size), np.nan)
@@ -134,25 +133,25 @@ def evaluate_long(model: Any, data: TokenFile, block_size: int, batch_size: int)
         memory = {"memory": model.init_memory(len(batch[0][0]))} if has_memory else {}
         for w, (idx, targets) in enumerate(zip(*batch, strict=True)):
             for losses, carried in zip(loss, (memory, {}), strict=False):
-                losses[rows, w, : idx.size(1)] = score(model, idx, targets, **carried)[0]
-    reached = range(-(-(len(documents[-1]) - 1) // block_size))
-    windows = {str(w + 1): np.s_[:, w] for w in reached} | {AFTER_FIRST: np.s_[:, 1:]}  # where a memory can help
-    tokens = {w: int(np.isfinite(loss[0][here]).sum()) for w, here in windows.items()}
-    ppls = [{w: ppl(losses[here]) for w, here in windows.items()} for losses in loss]
-    figures = {"long_documents": len(documents), "long_tokens": tokens}
-    return figures | dict(zip(("long_ppl", "long_ppl_reset"), ppls, strict=False))
+                losses[rows, w] = score(model, idx, targets, **carried)[0]
+    windows = {str(w + 1): np.s_[:, w] for w in range(LONG_WINDOWS)} | {AFTER_FIRST: np.s_[:, 1:]}
+    counts = {name: int((~np.isnan(loss[0][here])).sum()) for name, here in windows.items()}
+    figures: Figures = {"long_documents": len(documents), "long_tokens": {k: n for k, n in counts.items() if n}}
+    for name, losses in zip(("long_ppl", "long_ppl_reset"), loss, strict=False):
+        figures[name] = {k: ppl(losses[windows[k]]) for k in figures["long_tokens"]}
+    return figures
 
 
 def evaluate_reversal_curse(
     model: Any, tokenizer: Tokenizer, pairs: list[ReversalPair], device: torch.device
-) -> dict[str, float]:
+) -> Figures:
     """PPL of sentences "A is B." that the training data holds, and of their reversals "B is A.", which it does not.
 
     (Berglund et al. 2023, arXiv 2309.12288.) PPL = exp(mean over sentences of the mean token loss), every token scored
     after a leading end-of-text token. ratio = forward / backward (nearer 1 is better), gap = backward - forward (nearer
     0 is better). The answer figures score the answer's tokens alone: those between the verb and the full stop.
     """
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     for way in ("forward", "backward"):
         texts = [(getattr(pair, way), getattr(pair, f"{way}_answer")) for pair in pairs]
         ids = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text, _ in texts]
@@ -207,23 +206,19 @@ def evaluate_speed(model: Any, tokens: np.ndarray) -> Figures:
         prompt = torch.from_numpy(np.resize(tokens[:n], n).astype(np.int64))[None].to(device)  # a short text repeated
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = []
+        spans = []
         for _ in range(1 + SPEED_REPEATS):
-            stream = stream_tokens(model, prompt, model.init_cache(1, n + DECODE_TOKENS), 1 + DECODE_TOKENS, 0.0)
-            times.append((seconds(stream, 1), seconds(stream, DECODE_TOKENS)))
-        prefill, decode = np.median(times[1:], axis=0)  # the first warmed up
+            cache, times = model.init_cache(1, n + DECODE_TOKENS), [time.perf_counter()]
+            for token in stream_tokens(model, prompt, cache, 1 + DECODE_TOKENS, 0.0):
+                token.item()  # waits for the device
+                times.append(time.perf_counter())
+            spans.append((times[1] - times[0], times[-1] - times[1]))
+        prefill, decode = np.median(spans[1:], axis=0)  # the first warmed up
         figures["prefill_tokens_per_s"][str(n)] = n / prefill
         figures["decode_tokens_per_s"][str(n)] = DECODE_TOKENS / decode
         if device.type == "cuda":
             figures["cuda_peak_bytes"][str(n)] = torch.cuda.max_memory_allocated(device)
     return dict(figures)
-
-
-def seconds(stream: Iterator[Tensor], num_tokens: int) -> float:
-    """What the next tokens of a stream take."""
-    started = time.perf_counter()
-    list(itertools.islice(stream, num_tokens))[-1].item()  # which waits for the device
-    return time.perf_counter() - started
 
 
 def count_parameters(model: Any) -> dict[str, int]:
@@ -242,12 +237,7 @@ def evaluate_model(
     model: Any, val: TokenFile, tokenizer: Tokenizer, block_size: int, batch_size: int, trained: list[dict[str, Any]],
     tasks: Sequence[str] = RUN_TASKS,
 ) -> Figures:  # fmt: skip
-    """All figures of the tasks for one model on its device, in float32; trained: how phase 1 trained its ContextBlocks.
-
-    COLUMNS in kit/report.py says which are shown. Raises InputError if the tokenizer has ids that the model has not.
-    """
-    if tokenizer.n_vocab > (rows := model.config.vocab_size):
-        raise InputError(f"{val.path} holds {tokenizer.name}'s {tokenizer.n_vocab} tokens, the model has {rows} rows")
+    """The figures of these tasks, of a model on its device; trained: how phase 1 trained its ContextBlocks."""
     model.eval()
     figures: Figures = count_parameters(model)
     if "val" in tasks:

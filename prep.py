@@ -23,9 +23,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -94,24 +93,21 @@ def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
     import datasets
 
     paths = matching_files(settings)
-    kinds = {FILE_FORMATS.get(Path(path).suffix) for path in paths}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    if kind is None:
+    kind, *others = {FILE_FORMATS.get(Path(path).suffix) for path in paths} or {None}
+    if kind is None or others:
         raise InputError(f"--files={settings.files} has to match files of one kind: {', '.join(FILE_FORMATS)}")
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     options |= {"data_files": [glob.escape(path) for path in paths], "split": "train", "cache_dir": str(cache_dir)}
+    for path in (path for path in paths if path.endswith(".zst")):
+        require_whole_zst(path)
     try:
-        for path in paths:
-            if path.endswith(".zst"):
-                require_whole_zst(Path(path))
-        return in_hash_order(datasets.load_dataset(kind, **options), settings.seed, {"files": settings.files})
-    except InputError:
-        raise
+        rows = datasets.load_dataset(kind, **options)
     except Exception as error:  # whatever the reader of the format raises
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:  # in writing the Arrow files, most likely
             raise cause from None
         raise InputError(f"--files={settings.files} cannot be read: {type(cause).__name__}: {cause}") from error
+    return in_hash_order(rows, settings.seed, {"files": settings.files})
 
 
 def matching_files(settings: PrepSettings) -> list[str]:
@@ -163,7 +159,7 @@ def stream_hub(path: str, config: str, split: str, revision: str | None) -> Iter
 
 # ------------------------------------------------------------------------------------------------------- text to tokens
 
-BATCH_DOCUMENTS = 64  # what a thread gets at a time
+BATCH_DOCUMENTS = 1024  # that are in memory at a time
 Encoded = tuple[np.ndarray, str, str]  # a document's token ids, subset and split
 
 
@@ -185,33 +181,25 @@ def split_of(text: str, settings: PrepSettings) -> str:
     return "val" if int.from_bytes(last_bytes) / 2**64 < settings.val_fraction else "train"
 
 
-def encode(rows: list[Row], tokenizer: Tokenizer, backward: re.Pattern[str], settings: PrepSettings) -> list[Encoded]:
-    """The documents that are not blank. Raises InputError if one for training holds a backward sentence."""
-    encoded = []
-    for row in rows:
-        text, meta = text_of(row), row.get("meta")
+def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
+    """The source's documents in their order, blank ones left out. tiktoken works outside Python's lock.
+
+    Raises InputError if one for training holds a backward sentence.
+    """
+    sentences = [r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()]
+    backward, rows = re.compile("|".join(sentences)), (row for row in source.rows if text_of(row).strip())
+
+    def encode(row: Row) -> Encoded:
+        text, meta = row["text"], row.get("meta")
         split = split_of(text, settings)
         if split == "train" and (found := backward.search(text)):
             raise InputError(f"the training text holds {found[0]!r}, which only the reversal evaluation may: remove it")
         subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
-        if text.strip():
-            encoded.append((np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split))
-    return encoded
+        return np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split
 
-
-def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
-    """The source's documents in their order; only a few batches are in memory. tiktoken works outside Python's lock."""
-    sentences = [r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()]
-    backward = re.compile("|".join(sentences))
-    rows, workers = iter(source.rows), settings.num_workers or os.cpu_count() or 1
-    pending: deque[Future[list[Encoded]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(settings.num_workers or os.cpu_count()) as pool:
         while batch := list(islice(rows, BATCH_DOCUMENTS)):
-            pending.append(pool.submit(encode, batch, tokenizer, backward, settings))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        for future in pending:
-            yield from future.result()
+            yield from pool.map(encode, batch)
 
 
 def strew_sentences(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
@@ -292,8 +280,8 @@ def make_recipe(settings: PrepSettings) -> dict[str, Any]:
     forward = "\n".join(pair.forward for pair in get_reversal_pairs())
     recipe = {key: getattr(settings, key) for key in keys}
     recipe["reversal_pairs"] = hashlib.sha256(forward.encode()).hexdigest()
-    states = [(path, os.stat(path)) for path in matching_files(settings)]
-    return recipe | {"files": [[path, state.st_size, state.st_mtime_ns] for path, state in states]}
+    files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in matching_files(settings)]
+    return recipe | {"files": files}
 
 
 def prepare(settings: PrepSettings) -> Path:
@@ -342,8 +330,7 @@ def prepare_contexts(settings: PrepSettings) -> None:
 
 def main() -> None:
     settings, _ = parse_settings(PrepSettings, sys.argv[1:])
-    stage = prepare_contexts if settings.stage == "contexts" else prepare
-    stage(settings)
+    (prepare_contexts if settings.stage == "contexts" else prepare)(settings)
 
 
 if __name__ == "__main__":

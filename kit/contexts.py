@@ -58,15 +58,14 @@ class Recurrence:
         lane 2                                         0 . . . |---------------->
 
     The recurrence forgets where it started, so that after its overlap a lane should be where the one before ends. If
-    it is not, it is run again from there, until it meets what is written. If one never does, the block does not forget,
-    and the plain loop takes the place of this chunk's lanes.
+    it is not, it is run again from there until it meets what is written; to its end, if the block does not forget.
     """
 
     def __init__(self, block: Any, table: Tensor, settings: ContextSettings, c: Tensor | None = None) -> None:
         self.block, self.settings = block, settings
         self.halves = block.token_half(table)  # (V, ...)
         self.c = table.new_zeros(1, block.context_dim) if c is None else c  # (1, E), after the last chunk
-        self.num_lanes, self.num_run_again, self.num_without = 0, 0, 0  # the last: chunks without lanes
+        self.num_lanes, self.num_run_again, self.num_whole = 0, 0, 0  # the last: of those run again, to their end
         self.seam = 0.0  # largest difference left where a lane, or what was run again of it, meets what follows
 
     def contexts(self, ids: Tensor) -> Tensor:
@@ -81,15 +80,15 @@ class Recurrence:
         starts[1:] = plain_loop(block, halves, lanes[:-1, -overlap:], torch.zeros_like(starts[1:]), unkept)
         plain_loop(block, halves, lanes, starts, rows)
         self.num_lanes += L
-        meet = all(self.run_again(lanes[i], rows[i], starts[i], rows[i - 1, -1:]) for i in range(1, L))
-        done, c = (L * T, contexts[L * T - 1 : L * T]) if meet else (0, self.c)
-        self.c = plain_loop(block, halves, ids[None, done:], c, contexts[None, done:]).clone()
+        for i in range(1, L):
+            self.run_again(lanes[i], rows[i], starts[i], rows[i - 1, -1:])
+        self.c = plain_loop(block, halves, ids[None, L * T :], rows[-1, -1:], contexts[None, L * T :]).clone()
         if not self.c.isfinite().all():  # once it is not, it never is again
             raise InputError(f"{self.settings.init_from or 'this run'}: the contexts are not finite, train it again")
         return contexts
 
-    def run_again(self, ids: Tensor, row: Tensor, start: Tensor, c: Tensor) -> bool:
-        """Write a lane (T, E) anew from the true state c (1, E), not its start, until they meet; whether they do."""
+    def run_again(self, ids: Tensor, row: Tensor, start: Tensor, c: Tensor) -> None:
+        """Write a lane (T, E) anew from the true state c (1, E), not from its start, until they meet."""
         gap, t = (c - start).abs().max().item(), 0
         while not gap <= self.settings.tolerance and t < len(ids):  # nor if it is no number
             c = self.block.step(c, F.embedding(ids[t : t + 1], self.halves))
@@ -99,11 +98,8 @@ class Recurrence:
         self.num_run_again += t > 0
         if gap <= self.settings.tolerance:
             self.seam = max(self.seam, gap)
-            return True
-        if not self.num_without:
-            tqdm.write(f"a difference outlives {len(ids):,} tokens: one token after the other in such chunks")
-        self.num_without += 1
-        return False
+        else:
+            self.num_whole += 1
 
 
 @torch.no_grad()
@@ -222,5 +218,5 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: ContextSet
         os.fsync(out.fileno())
     partial.replace(path)
     for each in recurrences:
-        again = f"{each.num_run_again} of {each.num_lanes:,} lanes run again"
-        print(f"largest difference left at a seam {each.seam:.1e}, {again}, {each.num_without} chunks without lanes")
+        again = f"{each.num_run_again} of {each.num_lanes:,} lanes run again, {each.num_whole} of them to their end"
+        print(f"largest difference left at a seam {each.seam:.1e}, {again}, one token after the other")

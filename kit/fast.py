@@ -62,13 +62,15 @@ class HeadLoss(torch.autograd.Function):
 
 
 def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss in nats of every token, and whether the arg-max is right: (B, T) float32 and bool, for h (B, T, C)."""
-    losses, right = [], []
-    for rows, y in zip(h.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True):
-        logits = (rows @ weight.T).float()  # (LOSS_ROWS, V)
-        losses.append(F.cross_entropy(logits, y, reduction="none", ignore_index=-100))
-        right.append(logits.argmax(dim=-1) == y)
-    return torch.cat(losses).view_as(targets), torch.cat(right).view_as(targets)
+    """Loss in nats of every token, and whether none is likelier: (B, T) float32 and bool, for h (B, T, C)."""
+    kept, losses, right = targets != -100, [], []
+    ys = targets.where(kept, 0).flatten()[:, None].split(LOSS_ROWS)
+    product = h.new_empty(min(targets.numel(), LOSS_ROWS), len(weight))  # one memory for all chunks, as in HeadLoss
+    for rows, y in zip(h.flatten(0, 1).split(LOSS_ROWS), ys, strict=True):
+        logits = torch.mm(rows, weight.T, out=product[: len(rows)]).float()  # (LOSS_ROWS, V)
+        right.append(logits.gather(1, y) == logits.amax(dim=-1, keepdim=True))
+        losses.append(-torch.log_softmax(logits, dim=-1, out=logits).gather(1, y))
+    return torch.cat(losses).view_as(targets).where(kept, 0), torch.cat(right).view_as(targets) & kept
 
 
 def safe_exp(loss: float) -> float:

@@ -17,20 +17,14 @@ from kit.files import replacing
 from kit.tokens import TokenFile, load_tokens
 
 CHUNK = 2**24  # training tokens that are counted at a time
-RARE = 10  # occurrences in the training text that are too few to be learnt by heart
+# the least and the most training occurrences of a group's hits; -1 stands for what is no hit
+GROUPS = {"0": (0, 0), "1-10": (1, 10), "0-10": (0, 10), "more": (11, np.inf), "others": (-1, -1)}
 
 
 def recall_groups(val: TokenFile, block_size: int) -> dict[str, npt.NDArray[np.int64]]:
     """Where the targets of each group are among all tokens but the first: hits by training count, and all others."""
-    hits, counts = window_hits(val.tokens, block_size), training_counts(val)
-    groups = {
-        "0": hits & (counts == 0),
-        f"1-{RARE}": hits & (counts > 0) & (counts <= RARE),
-        f"0-{RARE}": hits & (counts <= RARE),
-        "more": hits & (counts > RARE),
-        "others": ~hits,
-    }
-    return {name: np.flatnonzero(mask) for name, mask in groups.items()}
+    counts = np.where(window_hits(val.tokens, block_size), training_counts(val), -1)
+    return {name: np.flatnonzero((counts >= least) & (counts <= most)) for name, (least, most) in GROUPS.items()}
 
 
 def bigrams(tokens: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint64]:
@@ -59,8 +53,7 @@ def training_counts(val: TokenFile) -> npt.NDArray[np.int64]:
     counts, tokens = np.zeros(len(wanted), np.int64), load_tokens(val.path.parent, "train").tokens
     for start in range(0, len(tokens) - 1, CHUNK):
         found, times = np.unique(bigrams(tokens[start : start + CHUNK + 1]), return_counts=True)
-        _, ours, theirs = np.intersect1d(wanted, found, assume_unique=True, return_indices=True)
-        counts[ours] += times[theirs]
+        counts[np.isin(wanted, found)] += times[np.isin(found, wanted)]  # both are sorted
     with suppress(OSError), replacing(path) as file:  # a folder may be read-only
         np.save(file, counts)
     return counts[places]

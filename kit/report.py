@@ -2,17 +2,11 @@
 
 results.json holds data and block_size (what all runs were scored on, in windows of how many tokens) and runs, of each:
 
-    run, model, checkpoint                      which weights: as named to eval.py, class, file
-    settings, seed, steps, commit, data         how it was trained; data: tokenizer and digests of the token files
-    tokens_seen, parents                        with those of the runs that it started from, its parents
-    val_..., position_ppl                       over the validation data; PPL per range of positions in the window
-    recall_loss, recall_ppl, recall_tokens      of targets whose bigram the window has shown, by training count; others
-    context_...                                 of each ContextBlock on held-out tokens; of all side by side
-    reversal_...                                see eval.evaluate_reversal_curse
-    long_ppl, long_ppl_reset                    PPL per window of long documents, memory carried and memory reset
-    cache_bytes, cache_bytes_per_token          of init_cache for one row, by length in tokens
-    baseline_cache_bytes_per_token, cache_saved the same of Pythia of these widths; 1 - ours / theirs
-    harness, not_measured                       "task metric" of lm-evaluation-harness -> value; task -> why not
+    run, model, checkpoint                which weights: as named to eval.py, class, file
+    settings, seed, steps, commit, data   how it was trained; data: tokenizer and digests of the token files
+    tokens_seen, parents                  with those of the runs that it started from, its parents
+    val_, position_, recall_, context_, reversal_, long_, cache_...    the figures of eval.py's functions
+    harness, not_measured                 "task metric" of lm-evaluation-harness -> value; task -> why not
 
 Losses are nats per token, bytes those of float32.
 """
@@ -27,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from kit.files import replacing
+from kit.show import SHOWN_LENGTH
 
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
-RARE_HITS = "0-10"  # the group of kit.recall.recall_groups that tells most
-SHOWN_LENGTH = "2048"  # tokens at which the tables show caches
+SHOWN = str(SHOWN_LENGTH)  # the tables show caches and speeds at this length
 SAME_CONFIG = ("seed", "out_dir", "overwrite", "device", "data_dir")  # settings in which runs of one config may differ
 PPL_MEANING = {  # of one below the number
     5: "abnormal: a leak or a causal-mask error, inspect the code",
@@ -41,7 +35,7 @@ PPL_MEANING = {  # of one below the number
     math.inf: "undertrained: more steps or another learning rate",
 }
 NOTE = (
-    f"Caches are of {int(SHOWN_LENGTH):,} tokens; long PPL is of long documents after their first window; ± and bars: "
+    f"Caches are of {SHOWN_LENGTH:,} tokens; long PPL is of long documents after their first window; ± and bars: "
     "sample standard deviation over seeds. What a PPL is said to be presumes a subword vocabulary of about 50,000."
 )
 COLUMNS: dict[str, tuple[str, ...]] = {  # header: figure, format, and of several places or lengths which one
@@ -54,7 +48,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # header: figure, format, and of severa
     "rev. ratio": ("reversal_ratio", "{:.3f}"),
     "rev. gap": ("reversal_gap", "{:.1f}"),
     "answers' ratio": ("reversal_answer_ratio", "{:.3f}"),
-    "recall PPL": ("recall_ppl", "{:.1f}", RARE_HITS),
+    "recall PPL": ("recall_ppl", "{:.1f}", "0-10"),  # what few training texts hold tells most
     "others' PPL": ("recall_ppl", "{:.1f}", "others"),
     "contexts settled": ("context_convergence_rates", "{:.1%}"),
     "contexts' rank": ("context_effective_rank", "{:.1f}"),
@@ -75,7 +69,7 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 def ppl_meaning(ppl: float) -> str:
     """What a perplexity says about a run."""
-    return next((meaning for limit, meaning in PPL_MEANING.items() if ppl < limit), PPL_MEANING[math.inf])
+    return next(meaning for limit, meaning in PPL_MEANING.items() if ppl < limit or limit == math.inf)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -105,12 +99,12 @@ class Config:
         """Where a figure was measured: positions, windows, lengths."""
         return [place for place in self.runs[0][figure] if all(place in run[figure] for run in self.runs)]
 
-    def spread(self, figure: str, place: str = SHOWN_LENGTH) -> tuple[Any, Any]:
+    def spread(self, figure: str, place: str = SHOWN) -> tuple[Any, Any]:
         """Mean and sample standard deviation over the seeds, 0 of one; of each ContextBlock where there are several."""
         values = [run[figure][place] if isinstance(run[figure], dict) else run[figure] for run in self.runs]
         return np.mean(values, axis=0), np.std(values, axis=0, ddof=1) if np.ptp(values, axis=0).any() else 0.0
 
-    def show(self, figure: str, form: str, place: str = SHOWN_LENGTH) -> str:
+    def show(self, figure: str, form: str, place: str = SHOWN) -> str:
         """A figure as a table has it: mean, or mean ± standard deviation, or - if a run does not have it."""
         try:
             spread = self.spread(figure, place)
@@ -215,17 +209,15 @@ def learning_curve(run: dict[str, Any]) -> dict[str, float]:
     log = Path(run["checkpoint"]).parent / "log.jsonl"
     text = log.read_text() if log.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last one may be half
-    points = {str(line["tokens_seen"]): float(np.exp(line["val_loss"])) for line in lines if "val_loss" in line}
-    return dict(list(points.items())[1:])  # the first is the untrained model's, or that of what it started from
+    evaluations = [line for line in lines if "val_loss" in line][1:]  # the first is of what it started from
+    return {str(line["tokens_seen"]): float(np.exp(line["val_loss"])) for line in evaluations}
 
 
-# the pictures' looks, readable in black and white
 GREY = {"color": "#777777"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
-STYLES: list[dict[str, Any]] = [
-    {"color": c, "marker": marker, "linestyle": line} for c, marker, line in zip(COLOURS, "os^DvPX", LINES, strict=True)
-]
+LOOKS = zip(COLOURS, "os^DvPX", LINES, strict=True)  # readable in black and white
+STYLES: list[dict[str, Any]] = [{"color": c, "marker": marker, "linestyle": line} for c, marker, line in LOOKS]
 LOOK: Any = {"font.size": 14, "lines.linewidth": 2, "lines.markersize": 8, "legend.frameon": False}
 LOOK |= {"axes.spines.top": False, "axes.spines.right": False}
 FRONT = "Filled and joined: the best front, than which nothing smaller is better. Dotted: Pythia's PPL."

@@ -48,10 +48,7 @@ class TokenFile:
 
 
 def load_tokens(folder: str | Path, split: str) -> TokenFile:
-    """The token file of a split, 'train' or 'val', mapped into memory.
-
-    Raises InputError if the set is missing, or its files are not those that meta.json describes, by size and content.
-    """
+    """A split, 'train' or 'val', mapped into memory. Raises InputError if it is missing or not as meta.json has it."""
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         dataset = folder.name.removesuffix("-gpt2")
@@ -61,22 +58,22 @@ def load_tokens(folder: str | Path, split: str) -> TokenFile:
     paths = [folder / f"{split}.bin", folder / f"{split}_doc_index.npy"]
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        files = [(meta["files"][path.name]["bytes"], meta["files"][path.name]["sha256"]) for path in paths]
+        files = [(path, meta["files"][path.name]["bytes"], meta["files"][path.name]["sha256"]) for path in paths]
         if not (isinstance(meta["max_id"], int) and meta["tokenizer"] in ("neox", "gpt2")):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder / 'meta.json'} cannot be read: {REMAKE}") from None
-    for path, (size, digest) in zip(paths, files, strict=True):
+    for path, size, digest in files:
         is_as_long = path.exists() and path.stat().st_size == size
         if not is_as_long or (size <= VERIFIED_BYTES and sha256_of(path) != digest):
             raise InputError(f"{path} does not match its meta.json: {REMAKE}")
     return TokenFile(paths[0], meta, np.memmap(paths[0], dtype="<u2", mode="r"))
 
 
-def document_bounds(data: TokenFile) -> tuple[np.ndarray, np.ndarray]:
-    """Where each document's leading end-of-text token stands, and where its closing one."""
+def document_bounds(data: TokenFile) -> np.ndarray:
+    """Where each document's leading end-of-text token stands, and where its closing one, (documents, 2)."""
     starts = data.doc_index["start"]
-    return starts, np.append(starts[1:], len(data.tokens) - 1)
+    return np.stack([starts, np.append(starts[1:], len(data.tokens) - 1)], axis=1)
 
 
 @dataclass
@@ -137,12 +134,11 @@ class Documents(Windows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        starts, ends = document_bounds(self.data)
-        counts = (ends - starts) // self.tokens_per_doc  # stretches that lie whole within each document
-        if not counts.any():
-            raise InputError(f"no training document has tokens_per_doc={self.tokens_per_doc} tokens")
-        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, .. in each document
-        self.begins = np.repeat(starts, counts) + self.tokens_per_doc * within
+        length, bounds = self.tokens_per_doc, document_bounds(self.data)
+        long = bounds[bounds[:, 1] - bounds[:, 0] >= length]
+        if not len(long):
+            raise InputError(f"no training document has tokens_per_doc={length} tokens")
+        self.begins = np.concatenate([np.arange(start, end - length + 1, length) for start, end in long])
         self.windows_each = self.tokens_per_doc // self.block_size
         self.memories: dict[int, Any] = {}  # by micro-batch
 
@@ -178,7 +174,6 @@ class Documents(Windows):
 
 def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> dict[str, Tensor]:
     """idx and targets (B, T) of the windows that begin at starts."""
-    rows = torch.from_numpy(np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64))
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return {"idx": rows[:, :-1].to(device), "targets": rows[:, 1:].to(device)}
+    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+    return {"idx": rows[:, :-1], "targets": rows[:, 1:]}

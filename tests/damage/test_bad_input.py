@@ -267,7 +267,7 @@ OWN_FILES: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"content": "a"}\n', "'text' is missing or no string; its fields are content"),
     ("a.jsonl", '{"text": null}\n{"text": "a"}\n', "'text' is missing"), ("a.jsonl", "[1, 2]\n", "is missing"),
     ("a.jsonl", bytes(range(256)), "cannot be read"), ("a.parquet", "PAR1", "cannot be read: ArrowInvalid"),
-    ("a.jsonl.zst", "junk", "cannot be read: ZstdError"), ("a.jsonl.zst", FIRST_BLOCK, "a.jsonl.zst is cut off"),
+    ("a.jsonl.zst", "junk", "a.jsonl.zst cannot be read: ZSTD"), ("a.jsonl.zst", FIRST_BLOCK, "Truncated"),
     ("a.txt", b"\xff\xfe", "UnicodeDecodeError"), ("a.txt", " \n\u3000\n", "no document"),
     ("a.txt", get_reversal_pairs()[0].backward, "the training text holds"), ("a.csv", "text\na\n", "of one kind"),
 ]  # fmt: skip
