@@ -1,15 +1,11 @@
-"""tools/bench.py: what its tables say; matrices input-major, which decode faster, give the same logits."""
+"""tools/bench.py: what its tables say."""
 
 import re
 
 import pytest
 import torch
 
-from configurator import MODELS, build_model, names
-from kit.fast import input_major
 from tools.bench import Contender, compare
-
-TINY = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 
 
 def test_ratios_are_of_the_same_repeat_and_the_first_run_is_not_counted(
@@ -32,27 +28,3 @@ def test_ratios_are_of_the_same_repeat_and_the_first_run_is_not_counted(
     assert order == ["plain", "fast"] * 4
     assert table["work"]["fast"]["ratios"] == pytest.approx([3, 3, 4])
     assert re.sub(" +", " ", capsys.readouterr().out).endswith("| fast | 300 | 3.00 | 3.00-4.00 | 2.5 |\n")
-
-
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_input_major_matrices_give_the_same_logits(name: str) -> None:
-    """Of a prompt and of single tokens; the weights keep names, shapes and values."""
-    config_class, _ = MODELS[name]
-    torch.manual_seed(0)
-    sizes = {**TINY, "kv_dim": 16, "context_dim": 16}
-    model = build_model(name, config_class(**{key: sizes[key] for key in names(config_class) if key in sizes}))
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    idx = torch.randint(97, (2, 9))
-
-    def logits() -> torch.Tensor:
-        cache = model.init_cache(2, 9)
-        return torch.cat([model(chunk, cache=cache)[0] for chunk in idx.split([7, 1, 1], dim=1)], dim=1)
-
-    expected = logits()
-    input_major(model)
-    assert model.embed_in.weight.is_contiguous()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert all(module.weight.T.is_contiguous() for module in linears)
-    torch.testing.assert_close(logits(), expected, atol=1e-5, rtol=1e-5)

@@ -1,5 +1,6 @@
 """The fast forms of kit/fast.py against the plain ones that they stand for."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tokens, randomise
+from conftest import in_chunks, make_tokens, randomise
 from test_models import CONFIGS, build, make_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from configurator import MODELS
-from kit.fast import LOSS_ROWS, compile_step, head_loss, next_token_loss, score_tokens
+from kit.fast import LOSS_ROWS, compile_step, head_loss, input_major, next_token_loss, score_tokens
 
 # ------------------------------------------------------------------------------------------- the loss without logits
 
@@ -90,7 +91,7 @@ def test_scores_of_tokens() -> None:
 # ------------------------------------------------------------------------------------------------ decoding, compiled
 
 
-@pytest.mark.parametrize(("num_rows", "name"), [*((1, name) for name in MODELS), (2, "mla")])
+@pytest.mark.parametrize(("num_rows", "name"), [(1 + (name == "mla"), name) for name in MODELS])
 @torch.no_grad()
 def test_compiled_steps_are_the_model_s(num_rows: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a few programs for all 34 positions; a layer that is not compiled parts them in two."""
@@ -112,3 +113,17 @@ def test_a_step_that_is_compiled_for_the_machine() -> None:
     full, step, cache = model(idx)[0], compile_step(model), model.init_cache(1, 41)
     logits = torch.cat([step(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
     torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_input_major_matrices_give_the_same_logits(name: str) -> None:
+    """Of a prompt and of single tokens; the weights keep names, shapes and values."""
+    model, idx = make_model(name), make_tokens(2, 9)
+    before, expected = copy.deepcopy(model.state_dict()), in_chunks(model, idx, 7, 1, 1)
+    input_major(model)
+    assert model.embed_in.weight.is_contiguous()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(module.weight.T.is_contiguous() for module in linears)
+    torch.testing.assert_close(in_chunks(model, idx, 7, 1, 1), expected, atol=1e-5, rtol=1e-5)
