@@ -101,8 +101,9 @@ def forkserver() -> Any:
     """Forks processes from one that has imported the scripts, so that a start costs little."""
     context = multiprocessing.get_context("forkserver")
     imported_late = ["torch._dynamo", "datasets", "matplotlib.figure"]
-    context.set_forkserver_preload(["conftest", "tools.compare", "tools.export", *imported_late])
+    context.set_forkserver_preload(["conftest", "tools.compare", *imported_late])
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # a test's folder may hold scripts of these names
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         patch.setenv("HF_HUB_OFFLINE", "1")
         multiprocessing.forkserver.ensure_running()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, TINY, losses, status_of, type_in
+from conftest import ROOT, SHORT, TINY, Command, losses, status_of, type_in
 
 from kit.files import InputError
 from kit.runs import RunFolder, World
@@ -23,7 +23,6 @@ from kit.text import Archive, fetch
 
 SCRIPTS = ("train.py", "eval.py", "sample.py", "prep.py", "tools.bench", "tools.compare", "tools.export")
 NARROW = shlex.join([*TINY, *SHORT, "--dtype=float32", "--device=cpu", "--final_eval=False", "--dataset=own"])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 MINUTES, COUNTED = 30, 5  # the resident size swings within a step, so its largest over minutes is what counts
 
 
@@ -90,11 +89,10 @@ def test_a_killed_process_of_torchrun_ends_them_all(data_dir: Path, tmp_path: Pa
     (tmp_path / "dies.py").write_text(DIES)
     words = [str(ROOT / "config" / "pythia.py"), *shlex.split(NARROW), f"--data_dir={data_dir}"]
     words += [f"--out_dir={tmp_path / 'run'}", "--batch_size=4", "--max_iters=8"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(tmp_path / "dies.py"), *words]
-    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 1
-    assert re.search(r"Signal 9 \(SIGKILL\) received by PID", ended.stderr)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dies.py"]
+    command = Command([*torchrun, *words], tmp_path)
+    assert re.search(r"Signal 9 \(SIGKILL\) received by PID", command.end())
+    assert command.process.exitcode == 1
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter_num"] == 4
     type_in("train.py", *words)
     assert len(losses(tmp_path / "run")) == 8
@@ -138,8 +136,9 @@ def test_help_into_a_closed_pipe_says_nothing(
 
 def test_a_disk_too_full_for_any_message_is_status_2() -> None:
     command = [sys.executable, "-c", "from kit.files import run; run(lambda: print('too much'))"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     with open("/dev/full", "w") as full:
-        assert subprocess.run(command, stdout=full, stderr=full, env=ENVIRONMENT, check=False).returncode == 2
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, env=environment, check=False).returncode == 2
 
 
 def test_half_an_hour_of_training_keeps_its_memory(is_long: bool, data_dir: Path, tmp_path: Path) -> None:
