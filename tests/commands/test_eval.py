@@ -2,9 +2,7 @@
 
 import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
@@ -14,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint_of
+from conftest import ROOT, checkpoint_of, randomise, type_in
 
 import eval as evaluation
-import train
+from configurator import MODELS
 from eval import EvalSettings
 from kit import recall
 from kit.text import get_reversal_pairs, load_tokenizer
-from kit.tokens import load_tokens
+from kit.tokens import TokenFile, load_tokens
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_context import ContextBlock, effective_rank, settled_share
 from pythia_base import PythiaConfig, PythiaModel
@@ -53,13 +51,8 @@ def save_run(folder: Path, model: PythiaModel, data_dir: Path, **changes: Any) -
     return str(folder)
 
 
-def type_in(monkeypatch: pytest.MonkeyPatch, *words: str, main: Callable[[], None] = evaluation.main) -> None:
-    monkeypatch.setattr(sys, "argv", ["a script", *words])
-    main()
-
-
 def test_a_report_says_which_weights_were_scored_and_on_what_they_were_trained(
-    model: PythiaModel, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PythiaModel, data_dir: Path, tmp_path: Path
 ) -> None:
     run = save_run(tmp_path / "run", model, data_dir)
     model.save_pretrained(tmp_path / "hf")
@@ -67,7 +60,7 @@ def test_a_report_says_which_weights_were_scored_and_on_what_they_were_trained(
         model.embed_in.weight[:, 0] += 1
     other = save_run(tmp_path / "other", model, data_dir, tokens_seen=768)
     options = ["--tasks=reversal", f"--data_dir={data_dir}", "--device=cpu", f"--out_dir={tmp_path / 'compare'}"]
-    type_in(monkeypatch, run, str(tmp_path / "hf"), other, *options)
+    type_in("eval.py", run, tmp_path / "hf", other, *options)
     results = json.loads((tmp_path / "compare" / "results.json").read_text())
     first, weights, second = results["runs"]
     assert first["checkpoint"] == str(tmp_path / "run" / "ckpt.pt")
@@ -75,16 +68,8 @@ def test_a_report_says_which_weights_were_scored_and_on_what_they_were_trained(
     assert first["reversal_gap"] == weights["reversal_gap"] != second["reversal_gap"]
     assert results["block_size"] == 32
     assert f"{other} on 768 tokens" in (tmp_path / "compare" / "report.md").read_text()
-
-
-def test_hugging_face_weights_alone_are_scored_in_the_longest_windows(
-    model: PythiaModel, data_dir: Path, tmp_path: Path
-) -> None:
-    model.save_pretrained(tmp_path / "hf")
-    sources, settings = [str(tmp_path / "hf")], EvalSettings(data_dir=str(data_dir), dataset="own")
-    assert evaluation.open_runs(settings, sources)[2] == 64
-    run = save_run(tmp_path / "run", model, data_dir)
-    assert evaluation.open_runs(settings, [*sources, run])[2] == 32
+    settings = EvalSettings(data_dir=str(data_dir), dataset="own")
+    assert evaluation.open_runs(settings, [str(tmp_path / "hf")])[2] == 64, "no run beside it: the longest windows"
 
 
 # --------------------------------------------------------------------------------------------------- speed, memory
@@ -232,6 +217,73 @@ def test_the_full_stop_is_a_token_of_its_own_behind_every_answer(data_dir: Path)
             assert [tokenizer.decode(part) for part in (ids[start:-1], ids[-1:])] == [f" {answer}", "."]
 
 
+# -------------------------------------------------------------- long documents, the memory carried and reset
+
+BLOCK = 32
+
+
+def split_documents(data: TokenFile) -> list[np.ndarray]:
+    """Every document with the end-of-text tokens before and behind it, found in the stream itself."""
+    edges = np.flatnonzero(data.tokens == 0)
+    return [np.array(data.tokens[a : b + 1], dtype=np.int64) for a, b in pairwise(edges)]
+
+
+def make_long_model(name: str) -> Any:
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+    config_class, model_class = MODELS[name]
+    return randomise(model_class(config_class(**sizes, **({"segment_len": 8} if name == "infini" else {}))), 0.6)
+
+
+@torch.no_grad()
+def plain_ppl(model: Any, documents: list[np.ndarray], carried: bool) -> list[float]:
+    """PPL of each window, and of all after the first: one document, one window after the other."""
+    scored: list[list[torch.Tensor]] = [[] for _ in range(evaluation.LONG_WINDOWS)]
+    for document in documents:
+        memory = {"memory": model.init_memory(1)} if carried else {}
+        tokens = torch.from_numpy(document)[None, : evaluation.LONG_WINDOWS * BLOCK + 1]
+        for window, targets in enumerate(tokens[:, 1:].split(BLOCK, dim=1)):
+            idx = tokens[:, window * BLOCK : (window + 1) * BLOCK]
+            padded = torch.cat([idx[:, : targets.size(1)], idx.new_ones(1, BLOCK - targets.size(1))], dim=1)
+            log_p = model(padded, **memory)[0].double().log_softmax(-1)[:, : targets.size(1)]
+            scored[window].append(-log_p.gather(2, targets[..., None]).ravel())
+    parts = [*scored, [losses for window in scored[1:] for losses in window]]
+    return [torch.cat(part).mean().exp().item() for part in parts]
+
+
+@pytest.mark.parametrize("name", ["infini", "pythia"])
+def test_ppl_per_window_equals_a_loop_over_the_documents(name: str, data_dir: Path) -> None:
+    data, model = load_tokens(data_dir / "few", "val"), make_long_model(name)
+    documents = [document for document in split_documents(data) if len(document) > 2 * BLOCK]
+    results = evaluation.evaluate_long(model, data, BLOCK, 3)
+    lengths = [min(len(document) - 1, evaluation.LONG_WINDOWS * BLOCK) for document in documents]
+    assert results["long_documents"] == len(documents)
+    assert results["long_tokens"]["8"] == sum(max(0, length - 7 * BLOCK) for length in lengths) < BLOCK * len(documents)
+    assert results["long_tokens"]["after 1"] == sum(lengths) - len(documents) * BLOCK
+    carried = list(results["long_ppl"].values())
+    assert carried == pytest.approx(plain_ppl(model, documents, carried=name == "infini"), rel=1e-4)
+    assert ("long_ppl_reset" in results) == (name == "infini")
+    if name == "infini":
+        reset = list(results["long_ppl_reset"].values())
+        assert reset == pytest.approx(plain_ppl(model, documents, carried=False), rel=1e-4)
+        assert reset[0] == carried[0]
+        assert all(abs(a / b - 1) > 1e-2 for a, b in zip(reset[1:], carried[1:], strict=True))
+
+
+def test_a_document_that_just_fills_two_windows_is_long(data_dir: Path) -> None:
+    data = load_tokens(data_dir / "own", "val")
+    lengths = [len(document) - 1 for document in split_documents(data)]
+    longest = max(length for length in lengths if length % 2 == 0)
+    results = evaluation.evaluate_long(make_long_model("pythia"), data, longest // 2, 3)
+    assert results["long_documents"] == sum(length >= longest for length in lengths)
+
+
+def test_where_nothing_fits_nothing_is_measured(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = load_tokens(data_dir / "own", "val")
+    assert evaluation.evaluate_long(make_long_model("pythia"), data, len(data.tokens), 3) == {}
+    assert evaluation.evaluate_long(make_long_model("infini"), data, 20, 3) == {}
+    assert "windows of 20 end within a segment" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------- contexts
 
 
@@ -297,8 +349,8 @@ def test_a_block_that_failed_in_training_shows_it_from_phase_1_to_the_report(
     monkeypatch.setattr(evaluation, "get_reversal_pairs", lambda: pairs)
     for config, folder, more in (("phase1", "one", settled), ("phase2", "two", steps)):
         command = [str(ROOT / f"config/{config}.py"), *words, *more, f"--out_dir={tmp_path / folder}"]
-        type_in(monkeypatch, *command, main=train.main)
-    type_in(monkeypatch, str(tmp_path / "two"), *score)
+        type_in("train.py", *command)
+    type_in("eval.py", tmp_path / "two", *score)
     found = [json.loads((tmp_path / n).read_text()) for n in ("one/summary.json", "two/summary.json", "results.json")]
     (rate,) = found[0]["context_convergence_rates"]
     assert rate < 0.9

@@ -75,9 +75,9 @@ HARD = {
     "long spaces": " " * 100_001 + "x",
 }
 AROUND = ("{}", "a{}", "{}a", "a{}b", "1{}2", ".{}.", "\n{}x", "x{}\n", "\n{}\n", "\t{}\t", "a\n{}'s")
-CODES = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, sys.maxunicode + 1, 31)]
+CODES = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, sys.maxunicode + 1, 101)]
 TEXTS = {
-    "mini": lambda: [text for text, _ in mini_texts(DATA_DIR)][::3],
+    "mini": lambda: [text for text, _ in mini_texts(DATA_DIR)][::9],
     "hard cases": lambda: list(HARD.values()),
     "runs of spaces": lambda: [around.format(" " * length) for around in AROUND for length in range(1, 61)],
     "vocabulary": lambda: [t for t in (b.decode(errors="replace") for b in neox().token_bytes) if "\ufffd" not in t],
@@ -88,7 +88,7 @@ TEXTS = {
 @pytest.mark.parametrize("kind", TEXTS)
 def test_ids_are_those_of_hugging_face(kind: str) -> None:
     texts = TEXTS[kind]()
-    assert len(texts) > {"hard cases": 10, "runs of spaces": 600, "mini": 3_000}.get(kind, 10_000)
+    assert len(texts) > {"hard cases": 10, "runs of spaces": 600, "mini": 1_000}.get(kind, 10_000)
     compare(texts)
 
 
@@ -99,7 +99,7 @@ PIECES = st.one_of(
 )
 
 
-@settings(max_examples=1_500, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_any_text(text: str) -> None:
     compare([text])

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import signal
-import subprocess
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHORT, TINY, checkpoint_of, losses, plain, run_training
+from conftest import ROOT, SHORT, TINY, Command, checkpoint_of, losses, plain, type_in
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,17 +27,17 @@ from torch.nn import functional as F
 
 import eval as evaluation
 import kit.runs
-import sample
 import train
 from configurator import build_model, load_source
 from kit.contexts import context_cache
 from kit.files import InputError
+from kit.report import format_comparison
 from kit.runs import World, read_checkpoint
 from kit.text import get_reversal_pairs
 from kit.tokens import INDEX_DTYPE, Documents, TokenFile, Windows, load_tokens, window_batch
 from kit.weights import model_args, read_gpt2_table
 from model_context import effective_rank
-from prep import PrepSettings, prepare
+from prep import PrepSettings
 from pythia_base import PythiaConfig, PythiaModel
 from train import LMSettings, Phase1Settings
 
@@ -67,10 +67,6 @@ Start = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def stream(data_dir: Path) -> TokenFile:
-    """The training tokens of a set that is scored in a second, 'few'."""
-    (data_dir / "few.jsonl").write_text("".join(list((data_dir / "own.jsonl").open())[:80]))
-    files = str(data_dir / "few.jsonl")
-    prepare(PrepSettings(dataset="few", files=files, data_dir=str(data_dir), reversal_repeats=1, num_workers=1))
     return load_tokens(data_dir / "few", "train")
 
 
@@ -84,7 +80,7 @@ def words(stream: TokenFile, tmp_path_factory: pytest.TempPathFactory) -> Words:
         options += [f"--data_dir={stream.path.parents[1]}", "--dataset=few", "--device=cpu"]
         if "phase 2" in name:
             options.append(f"--init_from={tmp_path_factory.mktemp('phase1')}")
-            run_training(*line(name.replace("2", "1")), options[-1].replace("init_from", "out_dir"))
+            type_in("train.py", *line(name.replace("2", "1")), options[-1].replace("init_from", "out_dir"))
         return [str(ROOT / "config" / config), *options]
 
     return line
@@ -101,7 +97,7 @@ def start(words: Words, tmp_path: Path) -> Start:
     """Trains a run of RUNS, with changes to its options, into tmp_path; returns its folder."""
 
     def run(name: str, *changes: str, out: str = "run") -> Path:
-        run_training(*words(name), f"--out_dir={tmp_path / out}", *changes)
+        type_in("train.py", *words(name), f"--out_dir={tmp_path / out}", *changes)
         return tmp_path / out
 
     return run
@@ -373,7 +369,7 @@ def test_a_run_cut_off_at_any_moment_ends_as_if_it_had_not_been(name: str, start
 
 
 def test_a_finished_run_says_so_and_is_not_touched(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    """And what --eval_only does to it, and to none."""
+    """And what --eval_only does to it, and to none; it goes on, or is replaced, on demand."""
     run = start("language model", "--max_iters=4")
     before, summary = {path: path.stat().st_mtime_ns for path in run.iterdir()}, summary_of(run)
     assert f"{summary['best_val_loss']:.4f}" in capsys.readouterr().out
@@ -386,48 +382,47 @@ def test_a_finished_run_says_so_and_is_not_touched(start: Start, capsys: pytest.
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
     start("language model", "--init_from=resume", "--max_iters=6")
     assert len(losses(run)) == 6
+    start("language model", "--max_iters=2", "--overwrite=True")
+    assert len(losses(run)) == summary_of(run)["steps"] == 2
 
 
 def test_the_commands_of_the_readme(
-    start: Start, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    start: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def type_in(main: Callable[[], None], *words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["a script", *words, f"--data_dir={data_dir}", "--device=cpu"])
-        main()
+    def say(script: str, *words: object) -> str:
+        type_in(script, *words, f"--data_dir={data_dir}", "--device=cpu")
         return capsys.readouterr().out
 
     run, out = start("mla", "--final_eval=True"), tmp_path / "compare"
     said, summary = capsys.readouterr().out, summary_of(run)
     assert f"next: python sample.py {run} " in said
     assert re.search(rf"long PPL +\| +{summary['long_ppl']['after 1']:.1f} ", said)
-    assert "cache B/token" in type_in(evaluation.main, str(run), "--tasks=val,reversal,cache", f"--out_dir={out}")
+    assert "cache B/token" in say("eval.py", run, "--tasks=val,reversal,cache", f"--out_dir={out}")
     results = json.loads((out / "results.json").read_text())["runs"][0]
     assert results["cache_saved"]["2048"] == summary["cache_saved"]["2048"] == 0.875
     assert results["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6)
     assert results["reversal_ratio"] == pytest.approx(summary["reversal_ratio"], abs=1e-6)
-    text = type_in(sample.main, str(run), "--prompt=The cache", "--max_new_tokens=8")
+    text = say("sample.py", run, "--prompt=The cache", "--max_new_tokens=8")
     assert text.startswith("The cache")
     assert "(87.5% saved)" in text
-    greedy = [type_in(sample.main, str(run), "--max_new_tokens=8", f"--temperature={t}") for t in ("0", "1e-320")]
+    greedy = [say("sample.py", run, "--max_new_tokens=8", f"--temperature={t}") for t in ("0", "1e-320")]
     assert len({text.split("---")[0] for text in greedy}) == 1
 
 
+def test_figures_of_long_documents_reach_summary_and_comparison(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = summary_of(start("documents", "--max_iters=1", "--final_eval=True"))
+    assert re.search(rf"memory reset +\| +{summary['long_ppl_reset']['after 1']:.1f} ", capsys.readouterr().out)
+    run = {"run": "out/it", "data": {"train_sha256": ""}, **summary}
+    page = format_comparison({"data": "few", "block_size": 32, "runs": [run]})
+    lines = page.split("## Long documents")[1].splitlines()[4:7]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows] == ["it", "it, memory reset", "tokens"]
+    assert [row[-1] for row in rows[:2]] == [f"{summary[key]['after 1']:.1f}" for key in ("long_ppl", "long_ppl_reset")]
+
+
 # ------------------------------------------------------------------------------------------------- the run's folder
-
-
-@pytest.mark.parametrize(
-    ("name", "changed", "message"),
-    [
-        ("language model", ["--overwrite=True", "--block_size=4096"], "above the model's limit of 2048"),
-        ("documents", ["--init_from=resume", "--batch_size=4", "--max_iters=2"], "batch_size 2 there, 4 here"),
-    ],
-)
-def test_what_is_refused_leaves_the_folder_alone(name: str, changed: list[str], message: str, start: Start) -> None:
-    """Another run's folder; and a run is not given up before the one that replaces it can start."""
-    before = outcome(run := start(name, "--max_iters=1"))
-    with pytest.raises(InputError, match=message):
-        start(name, "--max_iters=1", *changed)
-    assert outcome(run) == before
 
 
 def test_the_log_is_shown_in_tensorboard_and_goes_on_there(start: Start) -> None:
@@ -445,12 +440,6 @@ def test_a_library_to_log_to_that_is_missing_is_named(start: Start, monkeypatch:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="log_to='wandb': the library is missing, pip install wandb"):
         start("language model", "--log_to=wandb")
-
-
-def test_a_run_is_replaced_on_demand(start: Start) -> None:
-    start("language model", "--max_iters=4")
-    run = start("language model", "--max_iters=2", "--overwrite=True")
-    assert len(losses(run)) == summary_of(run)["steps"] == 2
 
 
 def test_two_runs_cannot_share_a_folder(start: Start, tmp_path: Path) -> None:
@@ -471,6 +460,11 @@ def test_a_variant_starts_from_a_trained_run(start: Start, capsys: pytest.Captur
 # ------------------------------------------------------------------------------------------------ several processes
 
 
+def join_two(rank: int, port: int) -> None:
+    """Be told what torchrun tells its processes; itself it is started in test_faults.py."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def test_two_processes_train_as_one(words: Words, start: Start, tmp_path: Path) -> None:
     """Also their validation loss; and their memories come together in the checkpoint, and each gets its own back.
 
@@ -478,10 +472,13 @@ def test_two_processes_train_as_one(words: Words, start: Start, tmp_path: Path) 
     """
     fixed, steps = ["--learning_rate=0.01", "--lr_decay_iters=7"], "--gradient_accumulation_steps="
     alone = start("documents", *fixed, "--batch_size=4", f"{steps}1", "--max_iters=7", out="alone")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{ROOT}/train.py"]
     line = [*words("documents"), *fixed, "--batch_size=1", "--eval_iters=4", f"{steps}4", f"--out_dir={tmp_path}/run"]
     for more in (["--max_iters=6"], ["--max_iters=7", "--init_from=resume"]):
-        subprocess.run([*torchrun, *line, *more], check=True, capture_output=True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        joined = [functools.partial(join_two, rank, port) for rank in (0, 1)]
+        for command in [Command(["train.py", *line, *more], tmp_path, join) for join in joined]:
+            command.succeed()
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
     ours, theirs = read_checkpoint(tmp_path / "run"), read_checkpoint(alone)
     assert ours["best_val_loss"] == pytest.approx(theirs["best_val_loss"], abs=1e-5)
@@ -606,34 +603,3 @@ def test_a_gpt2_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / kind / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / kind / "pytorch_model.bin")
     assert torch.equal(read_gpt2_table(str(tmp_path / kind)), model.wte.weight)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("mpt", "'mpt'"),  # it has a wte too, of another tokenizer
-        ("empty", "empty.*cannot be read"),
-        ("gpt2", "gpt2.*'random' and a run folder of yours need no hub"),
-        ("gpt2 folder", r"trained on gpt2 tokens, .*few/train.bin holds neox tokens"),
-        ("gpt2 run", r"trained on gpt2 tokens, .*few/train.bin holds neox tokens"),
-        ("neox run", "num_heads=8 does not divide hidden_size=12"),
-    ],
-)
-def test_a_table_that_does_not_fit_is_refused(
-    source: str, message: str, start: Start, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / source
-    if source.endswith("run"):
-        write_baseline(folder, source.split()[0])
-    elif source == "empty":
-        folder.mkdir()
-    elif source != "gpt2":
-        save_gpt2(folder)
-    if source == "mpt":
-        (folder / "config.json").write_text('{"model_type": "mpt"}')
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(train, "open_tokens", lambda *_: [load_tokens(data_dir / "few", s) for s in ("train", "val")])
-    run = ("phase 1", "--num_heads=8") if source == "neox run" else ("cascade phase 1",)
-    with pytest.raises(InputError, match=message):
-        start(*run, f"--embeddings={'gpt2' if source == 'gpt2' else folder}")
-    assert not (tmp_path / "run").exists()

@@ -16,23 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import FIRST_BLOCK, ROOT, SHORT, TINY, Malicious, checkpoint_of, run_training, truncate
+from conftest import FIRST_BLOCK, ROOT, SHORT, TINY, Malicious, checkpoint_of, status_of, truncate, type_in
+from transformers import GPT2Config, GPT2LMHeadModel
 
-import eval as evaluation
 import prep
-import sample
-import train
-from kit.files import run
 from kit.text import get_reversal_pairs
 from kit.weights import model_args
 from pythia_base import PythiaConfig, PythiaModel
-from tools import bench, compare
 
-SCRIPTS = {"train.py": train, "eval.py": evaluation, "sample.py": sample, "prep.py": prep}
-SCRIPTS |= {"bench": bench, "compare": compare}
 DATA = ["--data_dir=data", "--dataset=own", "--device=cpu"]
 NARROW = shlex.join([*TINY, *SHORT, "--dtype=float32", "--final_eval=False", *DATA])
 PHASE_1 = f"{shlex.join([*TINY[:4], *DATA])} --context_dim=8 --num_tokens=500 --batch_size=500 --max_iterations=1"
+DOCUMENTS = f"config/infini_long.py {NARROW} --segment_len=8 --tokens_per_doc=64"
 SMALL = {"vocab_size": 31, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
 
 Damage = Callable[[Path], Any]
@@ -146,12 +141,32 @@ RUNS["missing"] = lambda folder: None, "cannot be read as gpt_neox"
 RUNS["one-shape"] = changed_weights(**{"embed_in.weight": torch.zeros(31, 17)}), f"{OTHER}: ...size mismatch"
 
 
-WEIGHTS = all_say("", {  # what else is refused stands in tests/equations/test_pythia.py
+def malicious_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(Malicious(folder / "executed"), folder / "pytorch_model.bin")
+
+
+def code_of_its_own(folder: Path) -> None:
+    """A config.json that asks for Python beside it."""
+    edit_json("config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})(folder)
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(folder / 'executed')!r})\nclass OwnConfig:\n    pass\n")
+
+
+WEIGHTS = all_say("", {
     "bare-config": write("config.json", b"{}"), "mistyped": edit_json("config.json", hidden_size="64"),
     "no-weights": remove("model.safetensors"), "truncated": halve("model.safetensors"),
     "another-width": edit_json("config.json", intermediate_size=95), "no-config": remove("config.json"),
     "huge-header": write("model.safetensors", (2**60).to_bytes(8, "little") + b"{}"),  # an exabyte
 })  # fmt: skip
+WEIGHTS |= all_say("cannot be read as gpt_neox", {"malicious": malicious_weights, "own-code": code_of_its_own})
+OTHERS: list[tuple[dict[str, Any], str]] = [  # what transformers would read
+    ({"model_type": "llama"}, "model_type='llama'"), ({"hidden_act": "relu"}, "hidden_act='relu'; Pythia has 'gelu'"),
+    ({"attention_bias": False}, "attention_bias=False"),
+    ({"num_hidden_layers": 3}, "do not fit config.json...layers.2"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+]  # fmt: skip
+WEIGHTS |= {f"other-{i}": (edit_json("config.json", **keys), message) for i, (keys, message) in enumerate(OTHERS)}
 
 
 def damaged(folder: Path, table: dict[str, tuple[Damage, str]], good: Path) -> None:
@@ -178,11 +193,16 @@ def workshop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     damaged(folder / "runs", RUNS | all_say("", others), folder / "bare")
     tiny().save_pretrained(folder / "weights" / "good")
     damaged(folder / "weights", WEIGHTS, folder / "weights" / "good")
+    gpt2_config = GPT2Config(vocab_size=50304, n_positions=16, n_embd=12, n_layer=1, n_head=2)
+    GPT2LMHeadModel(gpt2_config).save_pretrained(folder / "tables" / "gpt2")
+    shutil.copytree(folder / "tables" / "gpt2", folder / "tables" / "mpt")
+    (folder / "tables" / "mpt" / "config.json").write_text('{"model_type": "mpt"}')
     (folder / "file").write_text("a file where a folder should be")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run_training("config/pythia.py", *shlex.split(NARROW), "--max_iters=1", "--out_dir=runs/pythia")
-        run_training("config/phase1.py", *shlex.split(PHASE_1), "--out_dir=runs/phase1")
+        type_in("train.py", "config/pythia.py", *shlex.split(NARROW), "--max_iters=1", "--out_dir=runs/pythia")
+        type_in("train.py", *shlex.split(DOCUMENTS), "--max_iters=1", "--out_dir=runs/documents")
+        type_in("train.py", "config/phase1.py", *shlex.split(PHASE_1), "--out_dir=runs/phase1")
     for run_name in ("damaged", "seized", "stripped"):
         shutil.copytree(folder / "runs" / "pythia", folder / "runs" / run_name)
     truncate(folder / "runs" / "damaged" / "ckpt.pt")
@@ -222,6 +242,10 @@ SETTINGS = cases("train.py", {
     "config/infini.py --segment_len=0": "segment_len=0", "config/phase1.py --init=zeros": "init='zeros'",
     "config/context_kv_phase1.py --context_layers=[9]": "context_layers=[9]",
     "config/context_kv_phase1.py --context_layers=0": "context_layers='0' has to be",
+    f"--seed={2**63}": "seed=...has to be below", f"--vocab_size={10**30}": "vocab_size=...has to be below",
+    "'--out_dir=a\ud800'": "out_dir=...has to be of characters",
+    "'--dataset=a\0b'": "dataset=...has to be of characters",
+    "--model=context_kv --context_layers=[]": "context_layers=[]", "--model=context_kv --context_layers=[-1]": "=[-1]",
     "file": "file does not run: SyntaxError",
     "config/mla_kv12.py": "no config file config/mla_kv12.py; did you mean config/mla_kv128.py?",
     "nowhere/a.py": "no config file nowhere/a.py", "config": "config does not run: IsADirectoryError",
@@ -230,9 +254,9 @@ SETTINGS = cases("train.py", {
 SETTINGS += cases("eval.py", {"--batchsize=1 runs/pythia": "'batchsize', did you mean 'batch_size'?"})
 SETTINGS += cases("sample.py", {"--top_k=0 runs/pythia": "top_k='0'", "--kv_dim=1": "key 'kv_dim'"})
 SETTINGS += cases(
-    "bench", {"--what=everything": "what='everything'", "config/phase1.py": "'config/phase1.py' is no option"}
+    "tools.bench", {"--what=everything": "what='everything'", "config/phase1.py": "'config/phase1.py' is no option"}
 )
-SETTINGS += cases("compare", {"--seeds=0": "seeds='0'", "--size=huge": "size='huge' has to be", "a.py": "'a.py'"})
+SETTINGS += cases("tools.compare", {"--seeds=0": "seeds='0'", "--size=huge": "size='huge' has to be", "a.py": "'a.py'"})
 CONFIG_FILES: dict[str | bytes, str] = {
     "model = 'mla'\nkv_dimm = 1": "a.py: unknown key 'kv_dimm', did you mean 'kv_dim'?", "größe = 1": "'größe'",
     "model = 'pythia'\nkv_dim = 64": "a.py: 'kv_dim' is no setting of model='pythia'",
@@ -280,10 +304,14 @@ PREP += [
     Case("prep.py --dataset=own --files=source/b.txt --data_dir=data", "was made with another", {"source/b.txt": "b"}),
 ]
 RUNNING = cases(f"train.py config/pythia.py {NARROW} --out_dir=new", {
-    "--dataset=none": "holds no token files; make them with", "--block_size=4096": "above the model's limit of 2048",
+    "--dataset=notes": "python prep.py --dataset=notes --data_dir=data --files=GLOB",
+    "--data_dir=nowhere --dataset=pile": "python prep.py --dataset=pile --data_dir=nowhere",
+    "--dataset=mini-gpt2": "python prep.py --dataset=mini --tokenizer=gpt2 --data_dir=data",
+    "--block_size=4096": "above the model's limit of 2048",
     "--vocab_size=100": "outside the model's 100 rows", "--vocab_size=1_000_000_000_000_000": "out of memory",
     f"--batch_size={2**62}": f"batch_size x gradient_accumulation_steps = {2**62}",
-    "--device=cuda:99": "device='cuda:99' cannot be used here", "--tokens_per_doc=64": "no memory to carry",
+    "--device=cuda:99": "device='cuda:99' cannot be used here", "--device=": "device=''",
+    "--tokens_per_doc=64": "no memory to carry",
     "--init_from=resume": "new holds no checkpoint", "--init_from=config/none.py": "out/none is missing; make it",
     "--init_from=runs/few-rows": "few-rows...vocab_size=31", "--init_from=weights/good": "vocab_size=31",
     "--init_from=runs/gpt2-wide --intermediate_size=24": "trained on gpt2 tokens, data/own",
@@ -300,7 +328,13 @@ RUNNING += cases(f"train.py config/pythia.py {NARROW}", {
     "--out_dir=runs/pythia --max_iters=1 --hidden_size=32": "another run",
     "--out_dir=runs/pythia --init_from=resume --num_layers=3": "another run",
     "--out_dir=runs/pythia --init_from=resume --optimizer=muon": "optimizer 'adamw' there, 'muon' here",
+    "--out_dir=runs/pythia --overwrite=True --block_size=4096": "above the model's limit of 2048",
 })  # fmt: skip
+RUNNING += [
+    Case(
+        f"train.py {DOCUMENTS} --out_dir=runs/documents --init_from=resume --batch_size=2", "batch_size 4 there, 2 here"
+    )
+]
 RUNNING += cases(f"train.py config/infini_long.py {NARROW} --out_dir=new", {
     "--tokens_per_doc=64 --segment_len=5": "no multiple of", "--tokens_per_doc=1600000": "no training document has",
 })  # fmt: skip
@@ -311,6 +345,11 @@ RUNNING += cases(f"train.py config/phase2.py {NARROW} --context_dim=8 --out_dir=
 RUNNING += cases(f"train.py config/phase1.py {PHASE_1} --out_dir=new", {
     "--embeddings=no/such/table": "embeddings='no/such/table'", "--embeddings=runs/gpt2": "outside the model's 31 rows",
     "--embeddings=runs/half": UNREADABLE, "--embeddings=weights/good": "cannot be read as gpt2",
+    "--embeddings=tables/mpt": "'mpt'", "--embeddings=bare": "bare...cannot be read",  # mpt has a wte as well
+    "--embeddings=gpt2": "a run folder, such as --embeddings=out/pythia, and --embeddings=random",
+    "--embeddings=tables/gpt2 --num_heads=1 --rotary_pct=0.5": "trained on gpt2 tokens, data/own",
+    "--embeddings=runs/gpt2-wide": "trained on gpt2 tokens, data/own",
+    "--embeddings=runs/pythia --hidden_size=12 --num_heads=3 --rotary_pct=0.5": "num_heads=3 does not divide",
     "--out_dir=runs/pythia": "holds another run",
 })  # fmt: skip
 RUNNING += cases("eval.py", {"": "name at least one run", "runs/naïve–名前": "'runs/naïve–名前' cannot be read"})
@@ -325,7 +364,11 @@ RUNNING += cases("eval.py --data_dir=data", {
 RUNNING += cases("sample.py --data_dir=data", {
     "": "name one run: python sample.py", "runs/few-rows": "31 rows for the 50277 tokens",
 })  # fmt: skip
-RUNNING += cases("bench --what=contexts", {
+RUNNING += cases("tools.export", {
+    "runs/pythia": "a run and a new folder", "runs/pythia file": "file holds something", "bare new": "bare",
+    "runs/pythia weights": "weights holds something", "runs/pythia new --push_to_hubs=me/it": "'push_to_hub'",
+})  # fmt: skip
+RUNNING += cases("tools.bench --what=contexts", {
     "--out_dir=. --data_dir=nowhere": "nowhere/mini holds no token files", "--out_dir=file": NO_FOLDER,
 })  # fmt: skip
 
@@ -356,16 +399,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(workshop)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # its index takes half a minute to list
     shutil.rmtree("source", ignore_errors=True)
     Path("source").mkdir()
     for name, content in case.files.items():
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = snapshot(workshop)
-    script, *words = shlex.split(case.line)
-    monkeypatch.setattr(sys, "argv", [script, *words])
-    with pytest.raises(SystemExit) as end:
-        run(SCRIPTS[script].main)
-    assert end.value.code == 2
+    assert status_of(*shlex.split(case.line)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert re.search(".*".join(map(re.escape, case.message.split("..."))), lines[0]), lines[0]

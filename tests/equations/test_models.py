@@ -221,23 +221,6 @@ def test_numbers_out_of_range_are_refused(config_class: type) -> None:
             config_class(**{name: 0.0})
 
 
-@pytest.mark.parametrize(
-    ("config_class", "changes", "message"),
-    [
-        (PythiaConfig, {"rotary_pct": 0.05}, "rotary_pct=0.05 is 3 of 64 dimensions"),
-        (PythiaConfig, {"rotary_pct": 1.5}, "rotary_pct=1.5 is 96 of 64 dimensions"),
-        (PythiaConfig, {"num_heads": 7}, "num_heads=7 does not divide hidden_size=512"),
-        (ContextKVConfig, {"context_layers": (6,)}, r"context_layers=\[6\]"),
-        (InfiniConfig, {"num_memory_banks": 2, "num_memories": 2}, "banks and multi-memory exclude one another"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(
-    config_class: type, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        config_class(**changes)
-
-
 # ----------------------------------------------------------------------------------------- what it takes from others
 
 
