@@ -1,4 +1,4 @@
-"""README, 'Add your own variant', followed to the letter."""
+"""docs/variant.md, 'Add your own variant', followed to the letter."""
 
 import json
 import re
@@ -18,10 +18,10 @@ def insert(path: Path, lines: str, table: str) -> None:
     path.write_text(before + opening + rows.replace("\n}\n", f"\n{row}\n}}\n", 1))
 
 
-def test_the_variant_of_the_readme(data_dir: Path, tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Add your own variant\n")[2].partition("\n## ")[0]
-    architecture, row, config, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    commands = re.findall(r"```\n(python .*?)```", section, re.DOTALL)[0].splitlines()
+def test_the_variant_of_the_docs(data_dir: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "variant.md").read_text()
+    architecture, row, config, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
 
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml")]:
         shutil.copy(path, tmp_path)
@@ -37,7 +37,7 @@ def test_the_variant_of_the_readme(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config" / "mqa.py").write_text(config)
     insert(tmp_path / "tests" / "equations" / "test_models.py", line, "CONFIGS: ")
     outputs = []
-    for command in commands:
+    for command in commands.splitlines():
         words = [sys.executable, *command.split()[1:]]
         done = subprocess.run(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout
