@@ -1,4 +1,4 @@
-"""README, 'Add your own variant', followed to the letter."""
+"""docs/variant.md, 'Add your own variant', followed to the letter."""
 
 import json
 import re
@@ -25,10 +25,10 @@ def move_in() -> None:
     sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if not path.startswith(str(ROOT / "tests")))]
 
 
-def test_the_variant_of_the_readme(data_dir: Path, tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Add your own variant\n")[2].partition("\n## ")[0]
-    architecture, row, config, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    commands = re.findall(r"```\n(python .*?)```", section, re.DOTALL)[0].splitlines()
+def test_the_variant_of_the_docs(data_dir: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "variant.md").read_text()
+    architecture, row, config, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
 
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml")]:
         shutil.copy(path, tmp_path)
@@ -43,7 +43,7 @@ def test_the_variant_of_the_readme(data_dir: Path, tmp_path: Path) -> None:
     insert(tmp_path / "configurator.py", row, "MODELS: ")
     (tmp_path / "config" / "mqa.py").write_text(config)
     insert(tmp_path / "tests" / "equations" / "test_models.py", line, "CONFIGS: ")
-    outputs = [Command(command.split()[1:], tmp_path, move_in).succeed() for command in commands]
+    outputs = [Command(command.split()[1:], tmp_path, move_in).succeed() for command in commands.splitlines()]
     summary = json.loads((tmp_path / "out" / "mqa-laptop" / "summary.json").read_text())
     assert summary["steps"] == 20
     assert re.search("3,072.0 a token, 87.5% less than the baseline", outputs[0])
