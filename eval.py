@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from configurator import baseline_cache_bytes, load_source, parse_settings
 from kit.contexts import exact_contexts
-from kit.fast import safe_exp, score_tokens
+from kit.fast import prepare_decoding, safe_exp, score_tokens
 from kit.files import InputError, make_folder, run
 from kit.harness import find_tasks
 from kit.recall import recall_groups
@@ -202,6 +202,7 @@ def evaluate_speed(model: Any, tokens: np.ndarray) -> Figures:
     """Tokens per second of reading a prompt and generating after it, one row, medians; on CUDA also the peak bytes."""
     figures: Figures = defaultdict(dict)
     device = model.head_weight.device
+    prepare_decoding(model)
     for n in tqdm(CACHE_LENGTHS, desc="speed", leave=False):
         prompt = torch.from_numpy(np.resize(tokens[:n], n).astype(np.int64))[None].to(device)  # a short text repeated
         if device.type == "cuda":

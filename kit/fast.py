@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from kit.files import one_line
 
@@ -99,6 +98,8 @@ def prepare_decoding(model: nn.Module) -> None:
     Where there is no compiler, it says so, and the model decodes as it did.
     """
     global kernels
+    from torch.utils import cpp_extension
+
     if next(model.parameters()).device.type != "cpu":
         return
     name = f"decode_{torch.backends.cpu.get_cpu_capability().lower()}"  # the library may outlive the machine
