@@ -90,7 +90,8 @@ def rotate(x: Tensor, positions: range, config: PythiaConfig) -> Tensor:
     Dimensions r and r + R/2 turn by the angle position / base^(2r/R).
     """
     R = config.rotary_size
-    cos, sin = rope_turns(positions, R, config.rotary_base, x.dtype, x.device)
+    turns = rope_turns.__wrapped__ if torch.compiler.is_compiling() else rope_turns  # a compiler has no use for a cache
+    cos, sin = turns(positions, R, config.rotary_base, x.dtype, x.device)
     if has_kernels(x):
         return rotate_row(x, cos, sin)
     x1, x2, rest = x.split([R // 2, R // 2, x.size(-1) - R], dim=-1)
@@ -98,6 +99,7 @@ def rotate(x: Tensor, positions: range, config: PythiaConfig) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)  # all layers turn by the same angles
+@torch.inference_mode(False)  # what is kept may be trained with later
 def rope_turns(
     positions: range, R: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,9 @@ def test_the_right_attempt_passes(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda attempt: attempt.title)
 def test_a_wrong_attempt_is_told_what_is_wrong(wrong: WrongAttempt, tmp_path: Path) -> None:
-    """In the first thing that the check complains of."""
+    """Among the things that the check complains of."""
     source = edit(right_attempt(wrong.name), wrong.right, wrong.wrong)
-    assert wrong.complaint in next(complaints(wrong.name, source, tmp_path))
+    assert any(wrong.complaint in complaint for complaint in complaints(wrong.name, source, tmp_path))
 
 
 @pytest.mark.parametrize("name", NAMES)

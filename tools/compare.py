@@ -85,7 +85,9 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
                     del running[run_folder]
                 if status:
                     last = outputs[run_folder].read_text(errors="replace").rstrip().rpartition("\n")[2]
-                    tqdm.write(f"FAILED: {run_folder}, exit status {status}, {outputs[run_folder]}: {last}", sys.stderr)
+                    tqdm.write(
+                        f"FAILED: {run_folder}, exit status {status}, see {outputs[run_folder]}: {last}", sys.stderr
+                    )
                     failed.add(run_folder)
             bar.update(len(runs) - len(waiting) - len(running) - bar.n)
             time.sleep(0.2)

@@ -346,7 +346,7 @@ RUNNING += cases(f"train.py config/phase1.py {PHASE_1} --out_dir=new", {
     "--embeddings=no/such/table": "embeddings='no/such/table'", "--embeddings=runs/gpt2": "outside the model's 31 rows",
     "--embeddings=runs/half": UNREADABLE, "--embeddings=weights/good": "cannot be read as gpt2",
     "--embeddings=tables/mpt": "'mpt'", "--embeddings=bare": "bare...cannot be read",  # mpt has a wte as well
-    "--embeddings=gpt2": "a run folder, such as --embeddings=out/pythia, and --embeddings=random",
+    "--embeddings=gpt2": "'random' and a run folder of yours need no hub",
     "--embeddings=tables/gpt2 --num_heads=1 --rotary_pct=0.5": "trained on gpt2 tokens, data/own",
     "--embeddings=runs/gpt2-wide": "trained on gpt2 tokens, data/own",
     "--embeddings=runs/pythia --hidden_size=12 --num_heads=3 --rotary_pct=0.5": "num_heads=3 does not divide",
