@@ -52,12 +52,23 @@ static float first(bfloat16 number) {
     return *(const float *)&word;
 }
 
-static float sum(Floats floats) {
-    float parts[WIDTH];
-    memcpy(parts, &floats, sizeof parts);
-    for (int64_t half = WIDTH / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; i++) parts[i] += parts[i + half];
-    return parts[0];
+typedef int32_t Places __attribute__((vector_size(4 * WIDTH)));
+
+// the sums of neighbours, first a's, then b's
+static Floats add_neighbours(Floats a, Floats b) {
+    Places even, odd;
+    for (int i = 0; i < WIDTH; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+}
+
+// sums of the numbers in each of M registers, as the first M numbers of one: their neighbours' sums, WIDTH times halved
+template <int M, int LEFT = WIDTH>
+static inline __attribute__((always_inline)) Floats total(const Floats *sums) {
+    if constexpr (LEFT == 1) return sums[0];
+    Floats halved[(M + 1) / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < (M + 1) / 2; i++) halved[i] = add_neighbours(sums[2 * i], sums[std::min(2 * i + 1, M - 1)]);
+    if constexpr (LEFT > 1) return total<(M + 1) / 2, LEFT / 2>(halved);
 }
 
 // sums that run side by side for each of M rows, so that an addition need not wait for the one before it
@@ -65,22 +76,23 @@ constexpr int chains(int M) { return std::max(1, int(ROWS) / M); }
 
 // y_m = x_m w for M rows x (M, K)
 template <int M, typename T>
-static void dot(const float *x, const T *w, int64_t K, float *y) {
+static inline __attribute__((always_inline)) void dot(const float *x, const T *w, int64_t K, float *y) {
     constexpr int CHAINS = chains(M);
-    Floats sums[M][CHAINS] = {};
+    Floats sums[CHAINS][M] = {};
     int64_t k = 0;
     for (; k + CHAINS * WIDTH <= K; k += CHAINS * WIDTH)
         for (int c = 0; c < CHAINS; c++) {
             Floats weights = load(w + k + c * WIDTH);
-            for (int m = 0; m < M; m++) sums[m][c] += weights * load(x + m * K + k + c * WIDTH);
+            for (int m = 0; m < M; m++) sums[c][m] += weights * load(x + m * K + k + c * WIDTH);
         }
     for (; k + WIDTH <= K; k += WIDTH)
-        for (int m = 0; m < M; m++) sums[m][0] += load(w + k) * load(x + m * K + k);
-    for (int m = 0; m < M; m++) {
-        for (int c = 1; c < CHAINS; c++) sums[m][0] += sums[m][c];
-        y[m] = sum(sums[m][0]);
-        for (int64_t rest = k; rest < K; rest++) y[m] += x[m * K + rest] * first(w[rest]);
-    }
+        for (int m = 0; m < M; m++) sums[0][m] += load(w + k) * load(x + m * K + k);
+    for (int c = 1; c < CHAINS; c++)
+        for (int m = 0; m < M; m++) sums[0][m] += sums[c][m];
+    Floats totals = total<M>(sums[0]);
+    for (int m = 0; m < M; m++) y[m] = totals[m];
+    for (; k < K; k++)
+        for (int m = 0; m < M; m++) y[m] += x[m * K + k] * first(w[k]);
 }
 
 // out_m += sum_j p_mj v_j for M rows p (M, POSITIONS) and n values v, in WIDTH * CHAINS of the D columns of v and out
