@@ -188,7 +188,7 @@ def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> 
     """
     sentences = [r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()]
     backward, rows = re.compile("|".join(sentences)), (row for row in source.rows if text_of(row).strip())
-    batches, workers = iter(lambda: list(islice(rows, BATCH_DOCUMENTS)), []), settings.num_workers or os.cpu_count() or 1
+    workers = settings.num_workers or os.cpu_count() or 1
 
     def encode(row: Row) -> Encoded:
         text, meta = row["text"], row.get("meta")
@@ -199,8 +199,9 @@ def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> 
         return np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split
 
     with ThreadPoolExecutor(workers) as pool:
-        while ahead := list(islice(batches, 4 * workers)):  # so few are in memory
-            yield from chain.from_iterable(pool.map(lambda batch: list(map(encode, batch)), ahead))
+        while ahead := list(islice(rows, 4 * workers * BATCH_DOCUMENTS)):  # no more are in memory
+            batches = [ahead[i : i + BATCH_DOCUMENTS] for i in range(0, len(ahead), BATCH_DOCUMENTS)]
+            yield from chain.from_iterable(pool.map(lambda batch: [encode(row) for row in batch], batches))
 
 
 def strew_sentences(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
