@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -159,7 +159,7 @@ def stream_hub(path: str, config: str, split: str, revision: str | None) -> Iter
 
 # ------------------------------------------------------------------------------------------------------- text to tokens
 
-BATCH_DOCUMENTS = 1024  # that are in memory at a time
+BATCH_DOCUMENTS = 64  # what a thread gets at a time
 Encoded = tuple[np.ndarray, str, str]  # a document's token ids, subset and split
 
 
@@ -188,6 +188,7 @@ def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> 
     """
     sentences = [r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()]
     backward, rows = re.compile("|".join(sentences)), (row for row in source.rows if text_of(row).strip())
+    workers = settings.num_workers or os.cpu_count() or 1
 
     def encode(row: Row) -> Encoded:
         text, meta = row["text"], row.get("meta")
@@ -197,9 +198,10 @@ def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> 
         subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
         return np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split
 
-    with ThreadPoolExecutor(settings.num_workers or os.cpu_count()) as pool:
-        while batch := list(islice(rows, BATCH_DOCUMENTS)):
-            yield from pool.map(encode, batch)
+    with ThreadPoolExecutor(workers) as pool:
+        while ahead := list(islice(rows, 4 * workers * BATCH_DOCUMENTS)):  # no more are in memory
+            batches = [ahead[i : i + BATCH_DOCUMENTS] for i in range(0, len(ahead), BATCH_DOCUMENTS)]
+            yield from chain.from_iterable(pool.map(lambda batch: [encode(row) for row in batch], batches))
 
 
 def strew_sentences(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
