@@ -11,7 +11,7 @@ SIZE ?= laptop
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-# two tests at a time share the cores
+# several tests at a time share the cores
 test stress: export OMP_NUM_THREADS = 1
 
 .PHONY: run compare test stress
