@@ -27,7 +27,7 @@ compare: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
-	$(BIN)/pytest -n 3 --dist=worksteal
+	$(BIN)/pytest -n 2 --dist=worksteal
 
 stress: .venv/installed-dev
 	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/damage tests/commands/test_compare.py \
