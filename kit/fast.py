@@ -1,6 +1,8 @@
 """Fast forms beside the plain ones that they equal: the loss that never holds the logits, decoding compiled."""
 
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,7 @@ def prepare_decoding(model: nn.Module) -> None:
         return
     name = f"decode_{torch.backends.cpu.get_cpu_capability().lower()}"  # the library may outlive the machine
     flags = ["-O3", "-march=native", "-ffast-math", "-Wno-psabi"]
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # where pip has put ninja
     try:
         cpp_extension.load(name, str(SOURCE), extra_cflags=flags, is_python_module=False)
     except (RuntimeError, OSError) as error:
