@@ -92,14 +92,16 @@ def train(model_class: Any, *arguments: Any, steps: int = 150) -> Any:
     """A model after seconds of training, on the same windows as any other."""
     torch.manual_seed(0)
     model, text, generator = model_class(*arguments), source_text()[0], torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
+    moments = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
     for _ in range(steps):
         begins = torch.randint(len(text) - WINDOW, (8,), generator=generator)
         windows = torch.stack([text[begin : begin + WINDOW + 1] for begin in begins])
-        _, loss = model(windows[:, :-1], windows[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        model.zero_grad()
+        model(windows[:, :-1], windows[:, 1:])[1].backward()
+        for p, first, second in moments:  # Adam; the first step of torch.optim imports for five seconds
+            first.lerp_(p.grad, 0.1)
+            second.lerp_(p.grad.square(), 0.05)
+            p.data.sub_(5e-3 * first / (second.sqrt() + 1e-8))
     return model.eval()
 
 

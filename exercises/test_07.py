@@ -87,7 +87,7 @@ def test_both_layers_train_the_latent(attempt: Any) -> None:
 
 def test_what_it_costs(attempt: Any) -> None:
     """Shown, not judged: seconds of training on one seed."""
-    shared, own = (perplexity(train(m, CONFIG), held_out()) for m in (attempt.SharedMLAModel, MLAPythiaModel))
+    shared, own = (perplexity(train(m, CONFIG, steps=80), held_out()) for m in (attempt.SharedMLAModel, MLAPythiaModel))
     print(f"\nPPL with a latent for two layers {shared:.2f}, with one each {own:.2f}")
     assert shared < 256, "with your model nothing is learned: 256 is the PPL of a guess among 256 bytes"
 
