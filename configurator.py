@@ -224,6 +224,8 @@ def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{source} is of another version of its model: {one_line(error)[:200]}") from None
         return model, checkpoint
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{source} holds neither a checkpoint nor Hugging Face weights")
     try:
         return PythiaModel.from_pretrained(source), None
     except (OSError, ValueError, KeyError) as error:

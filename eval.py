@@ -238,7 +238,12 @@ def evaluate_model(
     model: Any, val: TokenFile, tokenizer: Tokenizer, block_size: int, batch_size: int, trained: list[dict[str, Any]],
     tasks: Sequence[str] = RUN_TASKS,
 ) -> Figures:  # fmt: skip
-    """The figures of these tasks, of a model on its device; trained: how phase 1 trained its ContextBlocks."""
+    """The figures of these tasks, of a model on its device; trained: how phase 1 trained its ContextBlocks.
+
+    Raises InputError if the tokenizer has ids that the model has not.
+    """
+    if tokenizer.n_vocab > (rows := model.config.vocab_size):
+        raise InputError(f"{val.path} holds {tokenizer.name}'s {tokenizer.n_vocab} tokens, the model has {rows} rows")
     model.eval()
     figures: Figures = count_parameters(model)
     if "val" in tasks:

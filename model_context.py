@@ -354,7 +354,8 @@ class CausalContextAttention(ContextAttention):
     def forward(self, x: Tensor, start: int, contexts: Tensor) -> Tensor:
         """x (B, T, C) of the last T of the P positions whose contexts (B, P, E) are given -> (B, T, C)."""
         T, P = x.size(1), contexts.size(1)
-        q = rotate(split_heads(self.W_Q(x), self.config.num_heads), range(P - T, P), self.config)  # (B, H, T, D)
+        positions = torch.arange(P - T, P, device=x.device)
+        q = rotate(split_heads(self.W_Q(x), self.config.num_heads), positions, self.config)  # (B, H, T, D)
         form = self.absorbed if T < P and self.absorbing_is_cheaper(T) else self.expanded
         return self.dense(merge_heads(form(q, contexts)))
 
@@ -362,7 +363,7 @@ class CausalContextAttention(ContextAttention):
         """Every key and value: k = RoPE(c W_K), v = c W_V. q (B, H, T, D), contexts (B, P, E) -> (B, H, T, D)."""
         contexts = contexts.to(q.dtype)
         k, v = (split_heads(W(contexts), self.config.num_heads) for W in (self.W_K, self.W_V))  # (B, H, P, D)
-        return pythia_base.causal_attention(q, rotate(k, range(k.size(2)), self.config), v)
+        return pythia_base.causal_attention(q, rotate(k, torch.arange(k.size(2), device=k.device), self.config), v)
 
     def absorbed(self, q: Tensor, contexts: Tensor) -> Tensor:
         """The same: where RoPE does not turn, q k^T = (q W_K^T) c^T, so that R of D dimensions of keys are rebuilt."""
@@ -372,7 +373,7 @@ class CausalContextAttention(ContextAttention):
         for begin in range(0, P, REBUILT_KEYS):
             c = contexts[:, begin : begin + REBUILT_KEYS].to(q.dtype)
             k = split_heads(F.linear(c, W_turned), H)  # (B, H, REBUILT_KEYS, R)
-            k = rotate(k, range(begin, begin + c.size(1)), self.config)
+            k = rotate(k, torch.arange(begin, begin + c.size(1), device=k.device), self.config)
             turned.append(q[..., :R] @ k.transpose(2, 3))
         scores, q_latent = torch.cat(turned, dim=-1), q[..., R:] @ W_K[:, R:]  # (B, H, T, P), (B, H, T, E)
         if T == 1 and has_kernels(q):  # the fast form: one key, which is the value too, for all heads

@@ -22,7 +22,6 @@ Letters, for the whole project:
 
 import cmath
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,29 +83,19 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"{name}={value} has to be at least {least} and finite")
 
 
-def rotate(x: Tensor, positions: range, config: PythiaConfig) -> Tensor:
-    """RoPE (Su et al. 2021, arXiv 2104.09864) of x (B, H, T, D) at T positions, in halves as GPT-NeoX pairs them.
+def rotate(x: Tensor, positions: Tensor, config: PythiaConfig) -> Tensor:
+    """RoPE (Su et al. 2021, arXiv 2104.09864) of x (B, H, T, D) at positions (T,), in halves as GPT-NeoX pairs them.
 
-    Dimensions r and r + R/2 turn by the angle position / base^(2r/R).
+    Dimensions r and r + R/2 turn by the angle position / base^(2r/R). The angles are float32 in a bfloat16 model too.
     """
     R = config.rotary_size
-    turns = rope_turns.__wrapped__ if torch.compiler.is_compiling() else rope_turns  # a compiler has no use for a cache
-    cos, sin = turns(positions, R, config.rotary_base, x.dtype, x.device)
-    if has_kernels(x):
+    wavelengths = config.rotary_base ** (torch.arange(0, R, 2, device=x.device, dtype=torch.float32) / max(R, 1))
+    angles = positions[:, None].float() * (1 / wavelengths)  # (T, R/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    if has_kernels(x):  # the fast form
         return rotate_row(x, cos, sin)
     x1, x2, rest = x.split([R // 2, R // 2, x.size(-1) - R], dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
-
-
-@functools.lru_cache(maxsize=64)  # all layers turn by the same angles
-@torch.inference_mode(False)  # what is kept may be trained with later
-def rope_turns(
-    positions: range, R: int, base: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, R/2) of RoPE's angles, which are float32 in a bfloat16 model too."""
-    wavelengths = base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / max(R, 1))
-    angles = torch.arange(positions.start, positions.stop, device=device)[:, None].float() * (1 / wavelengths)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -115,7 +104,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     mask (T, P): True where a query sees a key; without it every query sees the keys up to its own.
     """
     T, P = q.size(-2), k.size(-2)
-    if mask is None and T == 1 and has_kernels(q):
+    if mask is None and T == 1 and has_kernels(q):  # the fast form
         return attend(q, k, v, 1 / math.sqrt(q.size(-1)))
     k, v = k.to(q.dtype), v.to(q.dtype)
     if mask is None and T == P:
@@ -155,10 +144,9 @@ class KeyValueCache:
 
     def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, T, D) at position start; returns all keys and values so far, (B, H, P, D)."""
-        T = k.size(2)
-        self.k.narrow(2, start, T).copy_(k)
-        self.v.narrow(2, start, T).copy_(v)
-        return self.k.narrow(2, 0, start + T), self.v.narrow(2, 0, start + T)
+        end = start + k.size(2)
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class SelfAttention(Attention):
@@ -176,7 +164,7 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, start: int, cache: KeyValueCache | None) -> Tensor:
         q, k, v = split_heads(self.query_key_value(x), self.config.num_heads).chunk(3, dim=-1)  # (B, H, T, D) each
-        positions = range(start, start + x.size(1))
+        positions = torch.arange(start, start + x.size(1), device=x.device)
         q, k = rotate(q, positions, self.config), rotate(k, positions, self.config)
         if cache is not None:
             k, v = cache.append(k, v, start)  # (B, H, P, D) each

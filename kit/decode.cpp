@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <bit>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -46,11 +47,8 @@ static Floats load(const bfloat16 *from) {  // the upper halves of float32 numbe
 #endif
 }
 
-static float first(float number) { return number; }
-static float first(bfloat16 number) {
-    uint32_t word = uint32_t(number) << 16;
-    return *(const float *)&word;
-}
+static float widen(float number) { return number; }
+static float widen(bfloat16 number) { return std::bit_cast<float>(uint32_t(number) << 16); }
 
 typedef int32_t Places __attribute__((vector_size(4 * WIDTH)));
 
@@ -92,7 +90,7 @@ static inline __attribute__((always_inline)) void dot(const float *x, const T *w
     Floats totals = total<M>(sums[0]);
     for (int m = 0; m < M; m++) y[m] = totals[m];
     for (; k < K; k++)
-        for (int m = 0; m < M; m++) y[m] += x[m * K + k] * first(w[k]);
+        for (int m = 0; m < M; m++) y[m] += x[m * K + k] * widen(w[k]);
 }
 
 // out_m += sum_j p_mj v_j for M rows p (M, POSITIONS) and n values v, in WIDTH * CHAINS of the D columns of v and out
@@ -195,7 +193,7 @@ static void attend_part(int64_t M, const float *q, int64_t D, const T *k, int64_
             for (; d < Dv; d++)
                 for (int i = 0; i < rows; i++)
                     for (int64_t j = 0; j < n; j++)
-                        out[i * Dv + d] += weights[i * POSITIONS + j] * first(values[j * v_stride + d]);
+                        out[i * Dv + d] += weights[i * POSITIONS + j] * widen(values[j * v_stride + d]);
         });
     }
 }

@@ -1,8 +1,11 @@
-"""Fast forms beside the plain ones that they equal: the loss that never holds the logits, decoding compiled."""
+"""Fast forms beside the plain ones that they equal: the loss that never holds the logits, decoding on a CPU."""
 
+import functools
+import hashlib
 import math
 import os
-import sys
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-from kit.files import one_line
 
 LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB in float32
 LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
@@ -88,10 +89,11 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten())
 
 
-# --------------------------------------------------------------------------- decoding on a CPU, through kit/decode.cpp
+# --------------------------------------------------------------------------- decoding on a CPU, by kit/decode.cpp
 MOST_ROWS = 8  # up to which it takes longer to read W than to multiply with it
 SOURCE = Path(__file__).with_name("decode.cpp")
-kernels: Any = None  # what it defines, once it is loaded
+FLAGS = ["-O3", "-march=native", "-ffast-math", "-std=c++20", "-fPIC", "-Wno-psabi"]
+kernels: Any = None  # what SOURCE defines, once it is loaded
 
 
 def prepare_decoding(model: nn.Module) -> None:
@@ -100,22 +102,39 @@ def prepare_decoding(model: nn.Module) -> None:
     Where there is no compiler, it says so, and the model decodes as it did.
     """
     global kernels
-    from torch.utils import cpp_extension
-
     if next(model.parameters()).device.type != "cpu":
         return
-    name = f"decode_{torch.backends.cpu.get_cpu_capability().lower()}"  # the library may outlive the machine
-    flags = ["-O3", "-march=native", "-ffast-math", "-Wno-psabi"]
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # where pip has put ninja
     try:
-        cpp_extension.load(name, str(SOURCE), extra_cflags=flags, is_python_module=False)
-    except (RuntimeError, OSError) as error:
-        print(f"decoding is slower without a C++ compiler for {SOURCE.name}: {one_line(error)[:120]}")
+        torch.ops.load_library(compile_kernels())
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or str(error)
+        print(f"decoding is slower without kit/decode.cpp, which cannot be compiled: {reason.strip()[:120]!r}")
         return
     kernels = torch.ops.decode
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = RowLinear
+
+
+def compile_kernels() -> Path:
+    """The library of SOURCE for this machine and this PyTorch; never half a file, whatever interrupts it."""
+    from torch.utils import cpp_extension
+
+    made_for = f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {FLAGS}"
+    digest = hashlib.sha256(SOURCE.read_bytes() + made_for.encode()).hexdigest()
+    library = Path(cpp_extension.get_default_build_root(), f"decode-{digest[:16]}.so")
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+        libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
+        run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            compiler, compiled, linked = os.environ.get("CXX", "c++"), f"{folder}/decode.o", f"{folder}/decode.so"
+            # in two steps: a library that is linked with -ffast-math changes how the whole process rounds
+            run([compiler, *FLAGS, *includes, "-c", SOURCE, "-o", compiled])
+            run([compiler, "-shared", compiled, *libraries, "-o", linked])
+            Path(linked).replace(library)
+    return library
 
 
 def round_weights(model: nn.Module) -> None:

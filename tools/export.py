@@ -74,7 +74,10 @@ def main() -> None:
         raise InputError(f"{folder} holds something already: name a new folder, or remove it")
     model, checkpoint = load_source(source)
     summary = Path(source, "summary.json")
-    figures = json.loads(summary.read_text()) if summary.is_file() else {}
+    try:
+        figures = dict(json.loads(summary.read_text())) if summary.is_file() else {}
+    except (ValueError, TypeError):
+        raise InputError(f"{summary} is damaged: remove it, or train the run again") from None
     figures |= {**count_parameters(model), **evaluate_cache(model)}
     figures.pop("checkpoint", None)  # a path of this machine
     make_folder(folder.parent)

@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,7 +134,7 @@ def test_every_model_decodes_the_same_after_prompts_of_any_length(
 ) -> None:
     """One row and several; nothing is compiled for a model, a length or a number of rows."""
     builds: list[Any] = []
-    monkeypatch.setattr(cpp_extension, "_write_ninja_file_and_build_library", lambda *_, **__: builds.append(1))
+    monkeypatch.setattr(subprocess, "run", lambda *words, **_: builds.append(words))
     for name, num_rows, prompt in itertools.product(MODELS, (1, 2), (1, 7, 30)):
         model, idx = make_model(name), make_tokens(num_rows, 41)
         with torch.no_grad():
@@ -161,18 +163,21 @@ def test_rounded_weights_give_the_text_of_float32_with_them(name: str, kernels: 
     cache = copy.deepcopy(model).bfloat16().init_cache(2, 12)
     logits = torch.cat([model(chunk, cache=cache)[0] for chunk in idx.split([5, *[1] * 7], dim=1)], dim=1)
     assert (logits - model(idx)[0]).norm() < 0.02 * logits.norm()
+    model.head_weight.__dict__["rounded"].zero_()
+    assert not model(idx[:, :1])[0].any()
 
 
 def test_without_a_compiler_it_says_so_and_decodes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError("Ninja is required\nmore")
-
+    """Nor with one that fails; no half a library is left."""
     monkeypatch.setattr(fast, "kernels", None)
-    monkeypatch.setattr(cpp_extension, "load", fails)
-    model, idx = make_model("mla"), make_tokens(1, 9)
-    expected = model.generate(idx, 5, temperature=0)
-    prepare_decoding(model)
-    assert "slower without a C++ compiler" in capsys.readouterr().out
-    assert torch.equal(model.generate(idx, 5, temperature=0), expected)
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        model, idx = make_model("mla"), make_tokens(1, 9)
+        expected = model.generate(idx, 5, temperature=0)
+        prepare_decoding(model)
+        assert "slower without kit/decode.cpp" in capsys.readouterr().out
+        assert torch.equal(model.generate(idx, 5, temperature=0), expected)
+        assert not list(tmp_path.iterdir())

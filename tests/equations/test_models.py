@@ -19,7 +19,7 @@ from model_cascade import CascadeConfig
 from model_context import ContextBlock, ContextKVConfig, ContextPythiaConfig
 from model_infini import InfiniConfig
 from model_mla import MLAConfig
-from pythia_base import Attention, PythiaConfig, PythiaModel, SelfAttention, rope_turns
+from pythia_base import Attention, PythiaConfig, PythiaModel, SelfAttention
 
 CASCADE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "context_dim": 12}
 CONFIGS: dict[str, Any] = {
@@ -328,11 +328,9 @@ def live_bytes() -> int:
 def test_decoding_keeps_what_the_cache_counts_and_no_more(name: str) -> None:
     """Neither in the cache nor anywhere else; and a cache that is full refuses a further token."""
     model, idx = make_model(name), make_tokens(B, T)
-    rope_turns.cache_clear()  # RoPE's angles, the same whatever the tokens
     before, cache = live_bytes(), model.init_cache(batch_size=B, max_len=T)
     for chunk in idx.split([9, *[1] * (T - 9)], dim=1):
         logits, _ = model(chunk, cache=cache)
-    rope_turns.cache_clear()
     assert live_bytes() - before == cache.nbytes + logits.nbytes
     assert cache.length == T
     with pytest.raises(ValueError, match="cache holds 41 tokens"):

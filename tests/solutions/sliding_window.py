@@ -65,9 +65,8 @@ class WindowAttention(SelfAttention):
 
     def forward(self, x: Tensor, start: int, cache: WindowCache | None) -> Tensor:  # type: ignore[override]
         q, k, v = split_heads(self.query_key_value(x), self.config.num_heads).chunk(3, dim=-1)
-        positions = range(start, start + x.size(1))
-        q, k = rotate(q, positions, self.config), rotate(k, positions, self.config)
-        queries = keys = torch.tensor(positions)
+        queries = keys = torch.arange(start, start + x.size(1))
+        q, k = rotate(q, queries, self.config), rotate(k, queries, self.config)
         if cache is not None:
             old_k, old_v, old = cache.read(start)
             cache.write(k, v, start)
