@@ -137,7 +137,7 @@ RUNS |= all_say(OTHER, {
     "absurd-size": changed(model_args=SMALL | {"vocab_size": 10**15}), "no-weights": changed(model={}),
     "other-model": changed(config={"model": "gpt", "phase": "lm"}),
 })  # fmt: skip
-RUNS["missing"] = lambda folder: None, "cannot be read as gpt_neox"
+RUNS["missing"] = lambda folder: None, "holds neither a checkpoint"
 RUNS["one-shape"] = changed_weights(**{"embed_in.weight": torch.zeros(31, 17)}), f"{OTHER}: ...size mismatch"
 
 
@@ -281,7 +281,7 @@ PREP = cases("prep.py", {
     "--dataset=x --files=file --data_dir=data": "--files=file has to match files of one kind",
 })  # fmt: skip
 PREP += cases("prep.py --stage=contexts", {
-    "--data_dir=data": "--init_from=", "--init_from=bare": "'bare' cannot be read", "--overlap=0": "overlap='0'",
+    "--data_dir=data": "--init_from=", "--init_from=bare": "neither a checkpoint", "--overlap=0": "overlap='0'",
     "--init_from=runs/pythia --data_dir=data": "has no ContextBlock",
     "--init_from=runs/phase1 --dataset=wikitext2": "was trained on own",
     "--init_from=runs/phase1 --device=gpu": "device='gpu' cannot be used here",

@@ -114,12 +114,15 @@ def test_a_product_with_a_few_rows(kernels: Any, shape: tuple[int, int, int], dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("B", "H", "G", "P", "D", "Dv"), [(1, 8, 8, 300, 64, 64), (2, 8, 1, 777, 128, 128), (1, 12, 2, 5, 24, 41)]
+    ("B", "H", "G", "P", "D", "Dv"),
+    [(1, 8, 8, 300, 64, 64), (1, 8, 1, 777, 128, 128), (2, 9, 1, 777, 64, 64), (1, 12, 2, 5, 24, 41)],
 )
 def test_attention_of_one_token(
     kernels: Any, B: int, H: int, G: int, P: int, D: int, Dv: int, dtype: torch.dtype
 ) -> None:
-    """Of groups of heads, over positions in several blocks and parts, with scores beyond what exp holds."""
+    """Of groups of heads, over positions in several blocks and threads' parts, with scores beyond what exp holds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     q, k, v = torch.randn(B, H, 1, D), torch.randn(B, G, P, D).to(dtype), torch.randn(B, G, P, Dv).to(dtype)
     bias = 100 * torch.randn(P).expand(B, H, -1)
     for given in (bias, None):
@@ -127,6 +130,7 @@ def test_attention_of_one_token(
         scores = scores if given is None else scores + given[:, :, None]
         expected = scores.softmax(dim=-1) @ v.double().repeat_interleave(H // G, 1)
         torch.testing.assert_close(fast.attend(q, k, v, 0.3, given).double(), expected, atol=2e-5, rtol=1e-5)
+    torch.set_num_threads(threads)
 
 
 def test_every_model_decodes_the_same_after_prompts_of_any_length(
