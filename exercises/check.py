@@ -98,6 +98,8 @@ def train(model_class: Any, *arguments: Any, steps: int = 150) -> Any:
         windows = torch.stack([text[begin : begin + WINDOW + 1] for begin in begins])
         model.zero_grad()
         model(windows[:, :-1], windows[:, 1:])[1].backward()
+        unused = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not unused, f"{', '.join(unused)}: no gradient, so nothing trains it"
         for p, first, second in moments:  # Adam; the first step of torch.optim imports for five seconds
             first.lerp_(p.grad, 0.1)
             second.lerp_(p.grad.square(), 0.05)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from exercises.check import MLA, OpenMLA, held_out, perplexity, train, trained_mla
+from exercises.check import MLA, OpenMLA, held_out, perplexity, perplexity_in_chunks, train, trained_mla
 
 
 def test_the_matrix_is_turned(attempt: Any) -> None:
@@ -46,6 +46,11 @@ def test_what_the_perplexity_says(attempt: Any) -> None:
     stepped = {name: attempt.perplexity_token_by_token(model, held_out()) for name, model in models.items()}
     print(f"\nPPL in one pass:    right {in_one_pass['right']:.2f}, turned {in_one_pass['turned']:.2f}")
     print(f"PPL token by token: right {stepped['right']:.2f}, turned {stepped['turned']:.2f}")
+    streamed = perplexity_in_chunks(turned, held_out(), 1)
+    assert stepped["turned"] == pytest.approx(streamed, rel=1e-3), (
+        f"of the turned model you measure {stepped['turned']:.2f} token by token: when each token goes through the "
+        f"cache alone, and sees nothing that comes after it, it is {streamed:.2f}"
+    )
     for ppl, name in ((in_one_pass, "PREDICTED_IN_ONE_PASS"), (stepped, "PREDICTED_TOKEN_BY_TOKEN")):
         predicted, ratio = getattr(attempt, name), ppl["turned"] / ppl["right"]
         measured = "lower" if ratio < 0.95 else "higher" if ratio > 1.05 else "equal"

@@ -37,13 +37,24 @@ def test_scores(attempt: Any) -> None:
 
 
 @torch.no_grad()
+def test_values(attempt: Any) -> None:
+    """Head by head, c_kv W_VO is what v adds to the output."""
+    attention, x = example()
+    c_kv, (_, W_VO) = attention.W_DKV(x), attempt.fold(attention)
+    W_UV, W_O = attention.W_UV.weight.chunk(CONFIG.num_heads), attention.W_O.weight.chunk(CONFIG.num_heads, dim=1)
+    for h in range(CONFIG.num_heads):
+        expected = c_kv @ W_UV[h].T @ W_O[h].T
+        assert_same(c_kv @ W_VO[h], expected, f"values of head {h}, c_kv W_VO against v W_O", atol=1e-3)
+
+
+@torch.no_grad()
 def test_output(attempt: Any) -> None:
     attention, x = example()
     expected = torch.stack([reference_attention(attention.double(), row) for row in x.double()])
     attention.float()
     for T in (P, 7, 1):
         out = attempt.absorbed(x[:, P - T :], attention.W_DKV(x), *attempt.fold(attention), CONFIG)
-        what = f"the last {T} of {P} outputs against model_mla.reference_attention"
+        what = f"the last {T} of {P} outputs against model_mla.reference_attention (divisor, bias, sum over heads?)"
         assert_same(out, expected[:, P - T :], what)
 
 
@@ -54,6 +65,7 @@ def test_nothing_is_rebuilt(attempt: Any) -> None:
     for length in (100, 1000):
         x, c_kv = (torch.randn(1, n, width, requires_grad=True) for n, width in ((1, C), (length, L)))
         counted = multiplications(attempt.absorbed(x, c_kv, *folded, CONFIG))
+        assert counted, "no product has a gradient to be counted by: is there a no_grad or detach in `absorbed`?"
         rebuilding = 2 * length * L * C
         assert counted < rebuilding, (
             f"one query and {length} latents take {counted:,} multiplications, and to rebuild keys and values alone "

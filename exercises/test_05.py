@@ -32,7 +32,8 @@ def logits(attempt: Any, model: Any, idx: Tensor) -> Tensor:
 def test_with_one_memory_nothing_changes(attempt: Any) -> None:
     model, idx = make_model(num_memories=1), rows(1, NUM_TOKENS)
     what = (
-        "with one memory the decay cancels in (q M) / (q z), its place cannot be seen: against model_infini.reference"
+        "with one memory the decay cancels in (q M) / (q z): where it acts cannot be seen, only that it does; against "
+        "model_infini.reference"
     )
     assert_same(logits(attempt, model, idx), reference(model, idx), what)
 
@@ -64,7 +65,7 @@ def test_an_open_segment_fades_nothing(attempt: Any) -> None:
     a, x = model.layers[0].attention, model.embed_in(rows(1, 4 * S - 1))[0]
     what = (
         "layer 0 in an open segment, against model_infini.reference_memory: only a segment that will be written fades "
-        "what is there (to fade whenever a segment opens is the answer to the page's last question)"
+        "what is there (to fade whenever a segment opens is another model)"
     )
     assert_same(attempt.decay_first(a, x)[3 * S :], reference_memory(a, x)[3 * S :], what)
 

@@ -39,4 +39,8 @@ def test_gradients(attempt: Any) -> None:
         model(idx[:, :-1], idx[:, 1:])[1].backward()
     for (name, actual), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert actual.grad is not None, f"{name} gets no gradient: something is detached"
-        assert_same(actual.grad, expected.grad, f"gradient of {name}, against that of model_infini.py")
+        assert_same(
+            actual.grad,
+            expected.grad,
+            f"gradient of {name}, against that of model_infini.py (NaN: look for a 0/0 that what follows hides)",
+        )
