@@ -29,6 +29,7 @@ from eval import evaluate_contexts, evaluate_model
 from kit.contexts import ContextSettings, context_cache, exact_contexts, window_contexts, window_error
 from kit.fast import safe_exp
 from kit.files import InputError, one_line, run
+from kit.muon import Muon
 from kit.report import format_summary
 from kit.runs import RunFolder, World, git_commit, open_world, read_checkpoint, stop_signals
 from kit.text import load_tokenizer
@@ -301,8 +302,7 @@ def make_optimizers(model: Any, s: LMSettings) -> dict[str, torch.optim.Optimize
     if not for_muon:
         return {"optimizer": adamw}
     hidden = [p for p in trained if p in for_muon]
-    muon = torch.optim.Muon(hidden, s.learning_rate, s.weight_decay, adjust_lr_fn="match_rms_adamw")  # steps as large
-    return {"optimizer": adamw, "muon": muon}
+    return {"optimizer": adamw, "muon": Muon(hidden, s.learning_rate, s.weight_decay)}
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -453,8 +453,8 @@ def open_tokens(s: TrainSettings, world: World, vocab_size: int) -> tuple[TokenF
         prepare(PrepSettings(data_dir=s.data_dir))
     world.barrier()
     train, val = load_tokens(folder, "train"), load_tokens(folder, "val")
-    if train.meta["max_id"] >= vocab_size:
-        raise InputError(f"{folder} holds token id {train.meta['max_id']}, outside the model's {vocab_size} rows")
+    if (ids := train.meta["n_vocab"]) > vocab_size:
+        raise InputError(f"{folder} is of {ids} token ids, the model has {vocab_size} rows")
     return train, val
 
 

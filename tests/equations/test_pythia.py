@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import SMALL, make_tokens, randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import pythia_base
 from kit.files import InputError
+from kit.muon import Muon, orthogonalise
 from model_cascade import CascadeConfig, CascadeContextLLM
 from model_infini import InfiniConfig, InfiniPythiaModel
 from model_mla import MLAConfig, MLAPythiaModel
@@ -217,4 +219,22 @@ def test_which_optimizer_trains_what(make: Callable[[], Any], name: Any) -> None
     assert found == expected
     assert {group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups} == {0.5}
     assert {group["betas"] for group in optimizers["optimizer"].param_groups} == {(0.8, 0.9)}
-    assert "muon" not in optimizers or optimizers["muon"].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+
+
+def test_muon_is_torchs_in_float32() -> None:
+    """Of matrices that are wide, high and square, several of a shape; PyTorch's rounds to bfloat16 on its way."""
+    torch.manual_seed(0)
+    shapes = [(12, 40), (40, 12), (12, 40), (16, 16), (12, 12)]
+    ours, theirs = ([nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    mine = Muon([*ours, nn.Parameter(torch.ones(2, 2))], 0.1, 0.01)  # the last one has no gradient
+    optimizers = [mine, torch.optim.Muon(theirs, 0.1, 0.01, adjust_lr_fn="match_rms_adamw")]
+    for a, b in zip(ours, theirs, strict=True):
+        a.data.copy_(b)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn_like(a)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0.0)
+    singular_values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 12, 40)))
+    assert 0.65 < singular_values.min() < singular_values.max() < 1.25
