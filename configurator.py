@@ -197,19 +197,14 @@ def build_model(name: str, model_config: Any) -> Any:
     return MODELS[name][1](model_config)
 
 
-def baseline_config(model_config: Any) -> PythiaConfig:
-    """The Pythia of the same widths and depth (where a model has none: six layers) that a cache is held against."""
+def baseline_cache_bytes(model_config: Any, num_tokens: int) -> int:
+    """Bytes of one row's cache in the Pythia of the same widths and depth (where a model has none: six layers)."""
     shared = set(settable(PythiaConfig)) & set(settable(model_config))
     values = {name: getattr(model_config, name) for name in shared}
     if "num_heads" not in shared:
         values |= {"num_heads": 1, "rotary_pct": 0.0}  # a cache is as large with any number of heads
-    return PythiaConfig(**values)
-
-
-def baseline_cache_bytes(model_config: Any, num_tokens: int) -> int:
-    """Bytes of that Pythia's cache for one row, of which nothing is allocated."""
-    with torch.device("meta"):
-        return PythiaModel(baseline_config(model_config)).init_cache(1, num_tokens).nbytes
+    with torch.device("meta"):  # nothing is allocated
+        return PythiaModel(PythiaConfig(**values)).init_cache(1, num_tokens).nbytes
 
 
 def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:

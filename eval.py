@@ -238,12 +238,7 @@ def evaluate_model(
     model: Any, val: TokenFile, tokenizer: Tokenizer, block_size: int, batch_size: int, trained: list[dict[str, Any]],
     tasks: Sequence[str] = RUN_TASKS,
 ) -> Figures:  # fmt: skip
-    """The figures of these tasks, of a model on its device; trained: how phase 1 trained its ContextBlocks.
-
-    Raises InputError if the tokenizer has ids that the model has not.
-    """
-    if tokenizer.n_vocab > (rows := model.config.vocab_size):
-        raise InputError(f"{val.path} holds {tokenizer.name}'s {tokenizer.n_vocab} tokens, the model has {rows} rows")
+    """The figures of these tasks, of a model on its device; trained: how phase 1 trained its ContextBlocks."""
     model.eval()
     figures: Figures = count_parameters(model)
     if "val" in tasks:
@@ -266,7 +261,7 @@ def open_runs(settings: EvalSettings, sources: list[str]) -> tuple[list[Run], To
     configs = [checkpoint["config"] for _, _, checkpoint in runs if checkpoint]
     dataset = settings.dataset or next((config["dataset"] for config in configs), PrepSettings.dataset)
     val = load_tokens(Path(settings.data_dir, dataset), "val")
-    folder, tokenizer, max_id = val.path.parent, val.meta["tokenizer"], val.meta["max_id"]
+    folder, tokenizer, ids = val.path.parent, val.meta["tokenizer"], val.meta["n_vocab"]
     trained = [config["block_size"] for config in configs if "block_size" in config]  # phase 1 knows no windows
     block_size = settings.block_size or min([*trained, *(m.config.max_position_embeddings for _, m, _ in runs)])
     for source, model, checkpoint in runs:
@@ -275,8 +270,8 @@ def open_runs(settings: EvalSettings, sources: list[str]) -> tuple[list[Run], To
             raise InputError(f"{source} was never trained on text; --allow_untrained scores it all the same")
         if checkpoint and (theirs := checkpoint["data"]["tokenizer"]) != tokenizer:
             raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
-        if max_id >= (rows := model.config.vocab_size):
-            raise InputError(f"{folder} holds token id {max_id}, outside the {rows} rows of {source}")
+        if ids > (rows := model.config.vocab_size):
+            raise InputError(f"{folder} is of {ids} token ids, {source} has {rows} rows")
         if block_size > (limit := model.config.max_position_embeddings):
             raise InputError(f"block_size={block_size} is above {source}'s limit of {limit}")
         if phase == "phase2":

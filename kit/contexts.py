@@ -146,8 +146,8 @@ def context_cache(model: Any, file: TokenFile, settings: ContextSettings) -> np.
 
     Raises InputError if a token has no embedding, or the contexts are not finite.
     """
-    if file.meta["max_id"] >= model.embed_in.num_embeddings:
-        raise InputError(f"{file.path} holds token id {file.meta['max_id']}, which the model's embedding does not have")
+    if (ids := file.meta["n_vocab"]) > (rows := model.embed_in.num_embeddings):
+        raise InputError(f"{file.path} is of {ids} token ids, the model has {rows} rows")
     # all that the numbers depend on; wherever lanes are cut, they meet to the tolerance
     record: dict[str, Any] = {"weights": weights_digest(model), "tokens": file.digest}
     record |= {"overlap": settings.overlap, "tolerance": settings.tolerance}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.files import InputError, one_line
+from kit.text import write_tokenizer
 
 INSTALL = "pip install -r requirements-eval.txt"
 VERSION = "0.4."  # what its version begins with
@@ -32,10 +33,9 @@ class Harness:
             return figures
         from lm_eval import simple_evaluate
 
-        from kit.export import export_model
-
         with tempfile.TemporaryDirectory() as folder:
-            export_model(model, tokenizer, data_dir, Path(folder))
+            model.save_pretrained(folder)
+            write_tokenizer(tokenizer, data_dir, Path(folder), model.config.max_position_embeddings)
             theirs = {"pretrained": folder, "trust_remote_code": True, "max_length": block_size}
             options = {"batch_size": batch_size, "device": str(model.head_weight.device), "bootstrap_iters": 0}
             try:

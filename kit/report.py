@@ -161,7 +161,7 @@ def format_summary(figures: dict[str, Any]) -> str:
     header, (row,) = comparison_table([Config("", [figures])])
     rows = [list(pair) for pair in zip(header[1:], row[1:], strict=True)]
     rows += [["checkpoint", figures["checkpoint"]]] if "checkpoint" in figures else []
-    return format_table(["measured", "value"], rows) + f"\n\n{NOTE}"
+    return format_table(["measured", "value"], rows) + (f"\n\n{NOTE}" if "val_ppl" in figures else "")
 
 
 def training_table(runs: list[dict[str, Any]]) -> Table:
@@ -200,7 +200,7 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     shown = [f"\n![{name}]({name})\n\n{caption}\n" for name, caption in draw_pictures(configs, folder).items()]
     with replacing(folder / "report.md") as file:
         file.write("".join([format_comparison(results), *shown]).encode())
-    with replacing(folder / "results.json") as file:  # last: by it compare.py knows that the report is whole
+    with replacing(folder / "results.json") as file:  # last
         file.write(json.dumps(results, indent=2).encode())
 
 

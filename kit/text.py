@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import tiktoken
 
-from kit.files import InputError, make_folder, sha256_of
+from kit.files import InputError, make_folder, one_line, sha256_of
 
 
 class Archive(NamedTuple):
@@ -203,6 +203,27 @@ def load_gpt2() -> Tokenizer:
     token_bytes = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
     digest = hashlib.sha256(b"".join(token_bytes)).hexdigest()
     return Tokenizer("gpt2", digest, encoding.n_vocab, encoding.eot_token, token_bytes, encoding)
+
+
+def write_tokenizer(name: str, data_dir: str, folder: Path, max_length: int) -> None:
+    """A tokenizer's files, 'neox' or 'gpt2', as transformers reads them. Raises InputError if they cannot be had."""
+    if name == "gpt2":
+        from transformers import AutoTokenizer
+
+        try:
+            AutoTokenizer.from_pretrained("gpt2").save_pretrained(folder)
+        except OSError as error:
+            raise InputError(f"the files of gpt2's tokenizer cannot be had ({one_line(error)[:150]})") from None
+        return
+    (folder / "tokenizer.json").write_bytes(neox_json(data_dir))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "pad_token": "<|padding|>",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 REVERSAL_FILE = Path(__file__).with_name("reversal.tsv")  # a line has A, the verb and B

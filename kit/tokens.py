@@ -59,7 +59,7 @@ def load_tokens(folder: str | Path, split: str) -> TokenFile:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         files = [(path, meta["files"][path.name]["bytes"], meta["files"][path.name]["sha256"]) for path in paths]
-        if not (isinstance(meta["max_id"], int) and meta["tokenizer"] in ("neox", "gpt2")):
+        if not (isinstance(meta["n_vocab"], int) and meta["tokenizer"] in ("neox", "gpt2")):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder / 'meta.json'} cannot be read: {REMAKE}") from None

@@ -14,9 +14,9 @@ from typing import Any
 
 from configurator import load_source, parse_settings
 from eval import count_parameters, evaluate_cache
-from kit.export import export_model
 from kit.files import InputError, make_folder, one_line, run
 from kit.report import format_summary
+from kit.text import write_tokenizer
 
 PADDING = """
 One of several ways to shrink Pythia's KV cache; its code is in this folder. Prompts of a batch have to be equally long:
@@ -83,7 +83,9 @@ def main() -> None:
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         whole = Path(temporary, folder.name)
-        export_model(model, checkpoint["data"]["tokenizer"] if checkpoint else "neox", settings.data_dir, whole)
+        model.save_pretrained(whole)
+        tokenizer = checkpoint["data"]["tokenizer"] if checkpoint else "neox"
+        write_tokenizer(tokenizer, settings.data_dir, whole, model.config.max_position_embeddings)
         where = settings.push_to_hub or str(folder)
         (whole / "README.md").write_text(model_card(folder.name, model, checkpoint, figures, where))
         whole.replace(folder)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch._inductor.exc import InvalidCxxCompiler
 
-from configurator import MODELS, Job, Text, baseline_config, build_model, check, load_source, parse_settings
+from configurator import MODELS, Job, Text, baseline_cache_bytes, build_model, check, load_source, parse_settings
 from configurator import parse_train as parse_command
 from eval import EvalSettings
 from kit.files import InputError, run
@@ -85,7 +85,7 @@ def test_config_files_parse_alone_and_below_a_layer(name: str, layer: str) -> No
 def test_a_width_divisor_divides_every_width_and_nothing_else() -> None:
     config = parse_train(CONFIG / "mla_kv128.py", "--width_divisor=4").model_config
     assert config == MLAConfig(hidden_size=128, intermediate_size=512, kv_dim=32)
-    assert baseline_config(config) == PythiaConfig(hidden_size=128, intermediate_size=512)
+    assert baseline_cache_bytes(config, 1) == 6 * 2 * 128 * 4
 
 
 def test_a_config_in_the_place_of_a_source_stands_for_its_run_under_the_same_layers(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, checkpoint_of, randomise, status_of, type_in
 
 from configurator import MODELS
-from kit.export import export_model
+from kit.text import write_tokenizer
 
 WIDTHS: dict[str, Any] = {"vocab_size": 50_304, "hidden_size": 32, "num_layers": 3, "num_heads": 4}
 WIDTHS |= {"intermediate_size": 48, "context_dim": 12, "kv_dim": 12, "segment_len": 8, "num_memory_banks": 2}
@@ -62,7 +62,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name in MODELS:
         model, folder = narrow(name), tmp_path_factory.mktemp("exported") / name
-        export_model(model, "neox", str(ROOT / "data"), folder)
+        model.save_pretrained(folder)
+        write_tokenizer("neox", str(ROOT / "data"), folder, model.config.max_position_embeddings)
         idx = torch.randint(50_277, (2, 40), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             logits = model(idx)[0]

@@ -16,7 +16,7 @@ from conftest import ROOT, randomise, status_of, type_in
 import eval as evaluation
 from kit.files import InputError
 from kit.harness import INSTALL, find_tasks
-from kit.text import load_tokenizer
+from kit.text import load_tokenizer, write_tokenizer
 from pythia_base import PythiaConfig, PythiaModel
 
 LENGTH = 32  # tokens of a window
@@ -77,9 +77,8 @@ def test_figures_equal_plain_loops_on_local_files(
         last_words.append(losses(model, ids, len(ids) - len(tokenizer.encode(context))).sum().item())
     assert found["lambada_openai perplexity"] == pytest.approx(math.exp(sum(last_words) / len(PASSAGES)), rel=1e-4)
     if is_long:
-        from kit.export import export_model
-
-        export_model(model, "neox", str(data_dir), Path("exported"))
+        model.save_pretrained("exported")
+        write_tokenizer("neox", str(data_dir), Path("exported"), model.config.max_position_embeddings)
         options = (
             f"run --model hf --model_args pretrained=exported,max_length={LENGTH} --device cpu --output_path theirs"
         )

@@ -81,8 +81,8 @@ def malicious_index(folder: Path) -> None:
 META, MATCH, REMAKE = "meta.json cannot be read", "does not match its meta.json", "prep.py and --overwrite=True"
 SETS = all_say(META, {"half-meta": halve("meta.json"), "list-for-meta": write("meta.json", b"[]")})
 SETS |= all_say(META, {
-    "no-files-in-meta": edit_json("meta.json", files=None), "no-max-id": edit_json("meta.json", max_id=None),
-    "max-id-a-text": edit_json("meta.json", max_id="many"), "no-tokenizer": edit_json("meta.json", tokenizer=None),
+    "no-files-in-meta": edit_json("meta.json", files=None), "no-ids": edit_json("meta.json", n_vocab=None),
+    "ids-a-text": edit_json("meta.json", n_vocab="many"), "no-tokenizer": edit_json("meta.json", tokenizer=None),
     "unknown-tokenizer": edit_json("meta.json", tokenizer="bpe"),
     "no-size": edit_json("meta.json", files={"train.bin": 5, "val.bin": 5}),
 })  # fmt: skip
@@ -94,7 +94,7 @@ SETS |= all_say(MATCH, {
     "zeros-of-index": zeros("train_doc_index.npy"),
 })  # fmt: skip
 SETS["no-meta"] = remove("meta.json"), "holds no token files; make them with: python prep.py"
-SETS["ids-too-large"] = edit_json("meta.json", max_id=60_000), "token id 60000, outside the model's 50304 rows"
+SETS["ids-too-large"] = edit_json("meta.json", n_vocab=60_000), "of 60000 token ids, the model has 50304 rows"
 # ------------------------------------------------------------------------------------------- damaged runs and weights
 
 
@@ -308,7 +308,7 @@ RUNNING = cases(f"train.py config/pythia.py {NARROW} --out_dir=new", {
     "--data_dir=nowhere --dataset=pile": "python prep.py --dataset=pile --data_dir=nowhere",
     "--dataset=mini-gpt2": "python prep.py --dataset=mini --tokenizer=gpt2 --data_dir=data",
     "--block_size=4096": "above the model's limit of 2048",
-    "--vocab_size=100": "outside the model's 100 rows", "--vocab_size=1_000_000_000_000_000": "out of memory",
+    "--vocab_size=100": "the model has 100 rows", "--vocab_size=1_000_000_000_000_000": "out of memory",
     f"--batch_size={2**62}": f"batch_size x gradient_accumulation_steps = {2**62}",
     "--device=cuda:99": "device='cuda:99' cannot be used here", "--device=": "device=''",
     "--tokens_per_doc=64": "no memory to carry",
@@ -343,7 +343,7 @@ RUNNING += cases(f"train.py config/phase2.py {NARROW} --context_dim=8 --out_dir=
     "--init_from=runs/malicious": UNREADABLE,
 })  # fmt: skip
 RUNNING += cases(f"train.py config/phase1.py {PHASE_1} --out_dir=new", {
-    "--embeddings=no/such/table": "embeddings='no/such/table'", "--embeddings=runs/gpt2": "outside the model's 31 rows",
+    "--embeddings=no/such/table": "embeddings='no/such/table'", "--embeddings=runs/gpt2": "the model has 31 rows",
     "--embeddings=runs/half": UNREADABLE, "--embeddings=weights/good": "cannot be read as gpt2",
     "--embeddings=tables/mpt": "'mpt'", "--embeddings=bare": "bare...cannot be read",  # mpt has a wte as well
     "--embeddings=gpt2": "'random' and a run folder of yours need no hub",
@@ -359,7 +359,7 @@ RUNNING += cases("eval.py --data_dir=data", {
     "runs/pythia --data_dir=nowhere": "nowhere/own holds no token files", "runs/pythia --out_dir=file": NO_FOLDER,
     "runs/pythia --block_size=4096": "block_size=4096 ...runs/pythia's limit", "runs/untrained": "--allow_untrained",
     "runs/phase1": "was never trained on text; --allow_untrained", "runs/gpt2-wide": "gpt2 tokens, data/own holds neox",
-    "runs/few-rows": "outside the 31 rows of runs/few-rows",
+    "runs/few-rows": "runs/few-rows has 31 rows",
 })  # fmt: skip
 RUNNING += cases("sample.py --data_dir=data", {
     "": "name one run: python sample.py", "runs/few-rows": "31 rows for the 50277 tokens",

@@ -8,7 +8,6 @@ import torch
 from conftest import make_tokens
 from test_models import CONFIGS, make_model
 
-from configurator import baseline_config
 from eval import evaluate_cache
 from model_cascade import CascadeConfig, CascadeContextLLM
 from pythia_base import PythiaConfig, PythiaModel
@@ -54,7 +53,6 @@ def test_parameters_by_hand() -> None:
 
 
 def test_its_cache_is_held_against_a_pythia_of_its_width() -> None:
-    assert baseline_config(CascadeConfig(hidden_size=512)).hidden_size == 512
     results = evaluate_cache(CascadeContextLLM(SMALL))
     assert results["baseline_cache_bytes_per_token"]["2048"] == 6 * 2 * 10 * 4
     assert results["cache_bytes"] == {"256": 84, "2048": 84, "8192": 84}
