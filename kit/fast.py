@@ -40,14 +40,15 @@ class HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # of a frozen W, none
         total = torch.zeros((), device=h.device)
         # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
-        logits = h.new_empty(min(len(h), LOSS_ROWS), len(weight))
-        p = torch.empty_like(logits, dtype=torch.float32)
+        product = h.new_empty(min(len(h), LOSS_ROWS), len(weight))
+        wide = None if h.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
         for rows, y, keep, out in zip(*(x.split(LOSS_ROWS) for x in (h, targets, kept, dh)), strict=True):
-            logits, p = logits[: len(rows)], p[: len(rows)]  # the last chunk may be shorter
-            p.copy_(torch.mm(rows, W.T, out=logits))
+            logits = torch.mm(rows, W.T, out=product[: len(rows)])  # the last chunk may be shorter
+            p = logits if wide is None else wide[: len(rows)].copy_(logits)
             torch.log_softmax(p, dim=-1, out=p)
             total -= (p.gather(1, y) * keep).sum()
-            grad = logits.copy_(p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32)))  # p - y
+            p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32))
+            grad = p if wide is None else logits.copy_(p)  # p - y
             torch.mul(grad @ W, keep, out=out)
             if dw is not None:
                 for part, columns in zip(dw.split(LOSS_COLUMNS), grad.split(LOSS_COLUMNS, dim=1), strict=True):
