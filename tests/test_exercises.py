@@ -1,16 +1,13 @@
 """Every check of exercises/ passes on the right attempt, and says what is wrong with the obvious wrong ones."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Command
 
 from exercises.check import load
 
@@ -102,11 +99,7 @@ def test_the_command_checks_the_file_of_the_same_number(tmp_path: Path) -> None:
     shutil.copytree(EXERCISES, tmp_path / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "exercises" / "04_absorbed.py").write_text(right_attempt("04_absorbed"))
-    command = [sys.executable, "-m", "pytest", "exercises/test_04.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout
-    assert "5 passed" in ended.stdout
+    assert "5 passed" in Command(["-m", "pytest", "exercises/test_04.py"], tmp_path).succeed()
 
 
 def test_every_exercise_has_a_page_and_a_line() -> None:
