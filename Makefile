@@ -31,7 +31,7 @@ test: .venv/installed-dev
 
 stress: .venv/installed-dev
 	$(BIN)/pytest -n 2 --maxschedchunk=1 --kills=100 --long -rP tests/damage tests/commands/test_compare.py \
-		tests/commands/test_harness.py tests/equations/test_models.py
+		tests/commands/test_harness.py tests/commands/test_tour.py tests/equations/test_models.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
