@@ -54,7 +54,7 @@ def make_model(*blocks: ContextBlock) -> Any:
 def token_file(folder: Path, tokens: np.ndarray) -> TokenFile:
     path = folder / "train.bin"
     tokens.tofile(path)
-    meta = {"files": {path.name: {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}}, "max_id": VOCAB - 1}
+    meta = {"files": {path.name: {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}}, "n_vocab": VOCAB}
     return TokenFile(path, meta, tokens)
 
 
@@ -352,7 +352,7 @@ def test_half_a_cache_is_not_taken_for_whole(build: Build, damage: Callable[[Pat
 def test_the_command_makes_both_splits_of_the_runs_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, run, sizes = tmp_path / "data" / "own", tmp_path / "run", {"train": 500, "val": 130}
     folder.mkdir(parents=True)
-    meta: dict[str, Any] = {"files": {}, "max_id": VOCAB - 1, "tokenizer": "neox"}
+    meta: dict[str, Any] = {"files": {}, "n_vocab": VOCAB, "tokenizer": "neox"}
     for split, num_tokens in sizes.items():
         random_tokens(num_tokens).tofile(folder / f"{split}.bin")
         (folder / f"{split}_doc_index.npy").touch()
@@ -381,6 +381,6 @@ def test_what_cannot_be_made_is_refused(build: Build, tmp_path: Path, monkeypatc
         with pytest.raises(InputError, match="out/phase1: the contexts are not finite"):
             build(model, 900, overlap=overlap)
     model.embed_in = nn.Embedding(VOCAB - 1, WIDTH)
-    with pytest.raises(InputError, match=f"token id {VOCAB - 1}, which the model's embedding does not have"):
+    with pytest.raises(InputError, match=f"of {VOCAB} token ids, the model has {VOCAB - 1} rows"):
         build(model, 900)
     assert not [*tmp_path.glob("contexts_*.json"), *tmp_path.glob("contexts_*.bin")]
