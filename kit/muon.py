@@ -1,4 +1,4 @@
-"""Muon: momentum for the matrices of the layers, turned before each step into the nearest matrix of orthogonal rows.
+"""Muon (Jordan et al. 2024): momentum for the layers' matrices, made orthogonal before each step.
 
 torch.optim.Muon computes in bfloat16, which takes seconds a step on a processor that has no instructions for it. This
 is the same in float32, and for all matrices of a shape at once.
@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: from any singular value in (0, 1] to about 1 in 5 steps
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # from any singular value in (0, 1] to about 1, in 5 steps
 
 
 def orthogonalise(G: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def orthogonalise(G: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum; steps as large as AdamW's, 0.2 root mean square (Liu et al. 2025, 2502.16982)."""
+    """Nesterov momentum, orthogonalised; steps as large as AdamW's, 0.2 in root mean square (arXiv 2502.16982)."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
