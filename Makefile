@@ -1,10 +1,10 @@
 # make run: from nothing to a trained, measured MLA-Pythia.   make test: lint, types, tests.
 # make stress: what the tests have no time for, 41 minutes on 2 cores.
-# make compare: every architecture on the same tokens, and the report; SEEDS=2 trains all twice, SIZE=full is for a GPU.
+# make compare: every architecture on the same tokens, and the report; SEED=1338 is another seed, SIZE=full for a GPU.
 
 PYTHON ?= python3
 BIN = .venv/bin
-SEEDS ?= 1
+SEED ?= 1337
 SIZE ?= laptop
 
 # glibc hands large blocks back to the kernel at every step; keeping them saves a fifth of a CPU training step and more
@@ -22,7 +22,7 @@ run: .venv/installed
 	$(BIN)/python sample.py out/mla_kv128-laptop --prompt="The history of"
 
 compare: .venv/installed
-	$(BIN)/python -m tools.compare --size=$(SIZE) --seeds=$(SEEDS)
+	$(BIN)/python -m tools.compare --size=$(SIZE) --seed=$(SEED)
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -52,6 +52,7 @@ DECODE_TOKENS = 32  # tokens generated at each of these lengths to time it
 SPEED_REPEATS = 3
 CONTEXT_TOKENS = 100_000  # whose contexts are looked at, unless the checkpoint says how many phase 1 took
 LONG_WINDOWS = 8  # windows of a long document that are scored, 4,096 tokens at a block_size of 512
+RESAMPLES = 10_000  # of the documents, for the interval and the p of a difference between two runs
 POSITION_EDGES = (0, 16, 64, 256, 1024, 4096)  # position ranges of the window; the last one ends with the window
 Figures = dict[str, Any]
 Run = tuple[str, Any, dict[str, Any] | None]  # name, model, contents of its checkpoint, None of Hugging Face's
@@ -95,7 +96,10 @@ def ppl(loss: np.ndarray) -> float:
 
 
 def evaluate_val(model: Any, val: TokenFile, block_size: int, batch_size: int) -> Figures:
-    """Loss, PPL and accuracy over all tokens of a file, once each; PPL by position in the window; kit/recall.py's."""
+    """Loss, PPL and accuracy over all tokens of a file, once each; PPL by position in the window; kit/recall.py's.
+
+    document_losses is an array, each document's sum, for compare_documents.
+    """
     starts = range(0, len(val.tokens) - 1, block_size)
     loss, right = np.full((2, len(starts), block_size), np.nan)
     for first in tqdm(range(0, len(starts), batch_size), desc="validation", leave=False, mininterval=1):
@@ -104,7 +108,9 @@ def evaluate_val(model: Any, val: TokenFile, block_size: int, batch_size: int) -
         loss[rows, : idx.size(1)], right[rows, : idx.size(1)] = score(model, idx, targets)
     edges = [edge for edge in POSITION_EDGES if edge < min(block_size, len(val.tokens) - 1)]
     groups = {name: loss.ravel()[places] for name, places in recall_groups(val, block_size).items() if len(places)}
+    begins = val.doc_index["start"]
     return {
+        "document_losses": np.add.reduceat(loss.ravel()[: len(val.tokens) - 1], begins[begins < len(val.tokens) - 1]),
         "val_loss": np.nanmean(loss),
         "val_ppl": ppl(loss),
         "val_accuracy": np.nanmean(right),
@@ -114,6 +120,20 @@ def evaluate_val(model: Any, val: TokenFile, block_size: int, batch_size: int) -
         "recall_ppl": {name: ppl(losses) for name, losses in groups.items()},
         "recall_tokens": {name: len(losses) for name, losses in groups.items()},
     }
+
+
+def compare_documents(losses: np.ndarray, others: np.ndarray, lengths: np.ndarray) -> Figures:
+    """How much more loss a token costs than another model on the same documents: mean, 95% interval, two-sided p.
+
+    Paired bootstrap (Efron and Tibshirani 1993; Koehn 2004): documents are drawn with replacement, both models' losses
+    of each together. losses, others: sums (documents,) over so many tokens each, lengths.
+    """
+    rng, count = np.random.default_rng(0), len(lengths)
+    drawn = (rng.integers(count, size=count) for _ in range(RESAMPLES))
+    means = np.array([(losses - others)[these].sum() / lengths[these].sum() for these in drawn])
+    low, high = np.quantile(means, [0.025, 0.975])
+    p = min(1.0, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + RESAMPLES))
+    return {"loss": (losses - others).sum() / lengths.sum(), "low": low, "high": high, "p": p}
 
 
 def evaluate_long(model: Any, data: TokenFile, block_size: int, batch_size: int) -> Figures:
@@ -311,12 +331,19 @@ def main() -> None:
     runs, val, block_size = open_runs(settings, sources)
     harness = find_tasks([task for task in tasks if task not in TASKS], TASKS, settings.include_path)
     make_folder(out_dir := Path(settings.out_dir))
+    lengths = np.diff(document_bounds(val)).ravel()
     tokenizer, rows = load_tokenizer(val.meta["tokenizer"], settings.data_dir), []
+    scored: list[tuple[Any, str, np.ndarray]] = []  # seed, run, its loss on each document
     for source, model, checkpoint in runs:
         print(f"scoring {source} on {val.path.parent} in windows of {block_size}", file=sys.stderr)
         trained = checkpoint["context_blocks"] if checkpoint else []
         row = about(source, model, checkpoint)
         row |= evaluate_model(model.to(device), val, tokenizer, block_size, settings.batch_size, trained, tasks)
+        if (losses := row.pop("document_losses", None)) is not None:
+            of_this_seed = [each for each in scored if each[0] == row.get("seed")]
+            for _, other, theirs in [*of_this_seed, *scored][:1]:
+                row["against"] = {"run": other, **compare_documents(losses, theirs, lengths)}
+            scored.append((row.get("seed"), source, losses))
         row |= harness.score(model, tokenizer.name, settings.data_dir, block_size, settings.batch_size)
         rows.append(row)
     results = {"block_size": block_size, "data": str(val.path.parent), "runs": rows}

@@ -228,6 +228,7 @@ def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: T
     if s.final_eval and world.is_main:
         tokenizer = load_tokenizer(val_data.meta["tokenizer"], s.data_dir)
         figures |= evaluate_model(model, val_data, tokenizer, s.block_size, s.batch_size, head["context_blocks"])
+        del figures["document_losses"]  # of interest beside another run's only
     world.say(format_summary(folder.finish(train_seconds, figures)))
     world.say(f"\nnext: python sample.py {folder.path}   or   python eval.py {folder.path}")
 

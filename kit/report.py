@@ -6,6 +6,7 @@ results.json holds data and block_size (what all runs were scored on, in windows
     settings, seed, steps, commit, data   how it was trained; data: tokenizer and digests of the token files
     tokens_seen, parents                  with those of the runs that it started from, its parents
     val_, position_, recall_, context_, reversal_, long_, cache_...    the figures of eval.py's functions
+    against                               loss less that of another run: run, loss, its interval's low and high, p
     harness, not_measured                 "task metric" of lm-evaluation-harness -> value; task -> why not
 
 Losses are nats per token, bytes those of float32.
@@ -137,6 +138,14 @@ def comparison_table(configs: list[Config]) -> Table:
     return ["run", *cells], [list(row) for row in zip([c.name for c in configs], *cells.values(), strict=True)]
 
 
+def difference_table(runs: list[dict[str, Any]]) -> Table:
+    """How much worse a run's PPL is than that of the first run with its seed, as far as other documents would tell."""
+    found = [(run["run"], run["against"]) for run in runs if "against" in run]
+    shares = [[f"{math.expm1(of[key]):+.1%}" for key in ("loss", "low", "high")] for _, of in found]
+    rows = [[run, of["run"], *share, f"{of['p']:.4f}"] for (run, of), share in zip(found, shares, strict=True)]
+    return ["run", "against", "PPL", "95% from", "to", "p"], rows
+
+
 def place_table(title: str, configs: list[Config], figures: dict[str, str], tokens: str = "") -> Table:
     """Figures measured at several places, a row each; figures: what is added to the name; tokens: on how much text."""
     shown = [(c, key, "{:.1f}", c.name + added) for c in configs for key, added in figures.items() if c.has(key)]
@@ -180,6 +189,7 @@ def format_comparison(results: dict[str, Any]) -> str:
     long = {"long_ppl": "", "long_ppl_reset": ", memory reset"}
     found = {
         "Figures": comparison_table(configs),
+        "Differences, with other documents drawn (paired bootstrap)": difference_table(runs),
         "Positions": place_table("PPL at positions", configs, {"position_ppl": ""}),
         "Recall": place_table("PPL, training count", configs, {"recall_ppl": ""}, "recall_tokens"),
         "Long documents": place_table("PPL in window", configs, long, "long_tokens"),

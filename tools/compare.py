@@ -1,12 +1,14 @@
 """Trains every architecture on the same tokens, then compares them: make compare.
 
-    python -m tools.compare --seeds=2 --size=full      # without options: laptop size, one seed
+    python -m tools.compare --seed=1338 --max_iters=4688      # without options seed 1337, as long as its configs say
+    python -m tools.compare --rows=pythia,infini_banks2       # only these, and what they start from
 
-Each run is the train.py command that is printed; what it prints goes to out/compare-SIZE/RUN.txt. eval.py's report of
+Each run is the train.py command that is printed; what it prints goes to out/compare-laptop/RUN.txt. eval.py's report of
 them all comes last. Ctrl-C saves what is being trained, and the same command goes on from there.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,27 +18,39 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from configurator import parse_settings
-from kit.files import make_folder, run
+from kit.files import InputError, make_folder, run
 from prep import PrepSettings, prepare
 from train import TrainSettings
 
-RECIPES = {  # config -> its options; {NAME} is the folder of another config's run, which has to be trained before
-    "pythia": "",
-    "phase1": "",
-    "context_kv_phase1": "",
-    "phase2": "--init_from={phase1}",
-    # the baseline's tokens and table in the place of GPT-2's, and no early end: all see the same tokens
-    "cascade_phase1": "--dataset=mini --embeddings={pythia}",
-    "context_kv_phase2": "--init_from={context_kv_phase1}",
-    "context_kv_50": "--init_from={context_kv_phase1}",
-    "cascade_phase2": "--dataset=mini --patience=None --init_from={cascade_phase1}",
-    **{f"mla_kv{width}": "" for width in (64, 128, 256)},
-    **{f"infini{mode}": "" for mode in ("", "_banks2", "_alibi", "_alibi2", "_multi4", "_multi8", "_long")},
+MINI = "--dataset=mini"  # in place of GPT-2's tokens, which need a hub
+TABLE = "--embeddings={pythia}"  # contexts of the trained baseline's table, in place of a random one
+RECIPES = {  # run: its config and options; {NAME} stands for the folder of another run, which has to be trained before
+    "pythia": "pythia",
+    "mla_kv64": "mla_kv64",
+    "mla_kv128": "mla_kv128",
+    "mla_kv256": "mla_kv256",
+    "phase1": "phase1",
+    "phase2": "phase2 --init_from={phase1}",
+    "phase1_table": f"phase1 {TABLE}",
+    "phase2_table": "phase2 --init_from={phase1_table}",
+    "context_kv_phase1": "context_kv_phase1",
+    "context_kv_phase2": "context_kv_phase2 --init_from={context_kv_phase1}",
+    "context_kv_50": "context_kv_50 --init_from={context_kv_phase1}",
+    "context_kv_phase1_table": f"context_kv_phase1 {TABLE}",
+    "context_kv_phase2_table": "context_kv_phase2 --init_from={context_kv_phase1_table}",
+    "context_kv_50_table": "context_kv_50 --init_from={context_kv_phase1_table}",
+    "infini": "infini",
+    "cascade_phase1": f"cascade_phase1 {MINI} --embeddings=random",
+    "cascade_phase2": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1}}",
+    "cascade_phase1_table": f"cascade_phase1 {MINI} {TABLE}",
+    "cascade_phase2_table": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1_table}}",
 }
+MODES = {name: name for name in ("infini_banks2", "infini_alibi", "infini_alibi2", "infini_multi4", "infini_multi8")}
+MODES |= {"infini_long": "infini_long"}  # that --rows has to name
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
 
@@ -45,28 +59,39 @@ class CompareSettings:
     """compare.py"""
 
     size: Literal["laptop", "full"] = "laptop"  # with config/laptop.py on top, or at Pythia-70M's size
-    seeds: PositiveInt = 1  # how often everything is trained, with seeds 1337, 1338, ...
+    rows: str | None = None  # which runs, separated by commas: pythia,infini_long; None: all but Infini's modes
+    seed: NonNegativeInt = TrainSettings.seed  # of all runs; another than this one is in the names of the folders
+    max_iters: PositiveInt | None = None  # steps of every language model, also in the names; None: what its configs say
     processes: PositiveInt | None = None  # trainings at a time; None: one on a GPU, else two that share the cores
 
 
-def plan(settings: CompareSettings) -> Runs:
-    """All runs; the folders of further seeds have the seed in their names."""
-    runs: Runs = {}
+def plan(settings: CompareSettings) -> tuple[Runs, Path]:
+    """The runs, each after what it needs, and where the report goes."""
+    every = RECIPES | MODES
+    needs = {name: next(iter(re.findall(r"{(\w+)}", recipe)), None) for name, recipe in every.items()}
+    chosen = settings.rows.split(",") if settings.rows is not None else [*RECIPES]
+    for name in chosen:  # which grows meanwhile
+        if name not in every:
+            raise InputError(f"rows={name!r} is no run: choose from {', '.join(every)}")
+        chosen += {needs[name]} - {None, *chosen}
     layers = ["laptop"] if settings.size == "laptop" else []
-    for seed in range(TrainSettings.seed, TrainSettings.seed + settings.seeds):
-        endings = layers + [str(seed)] * (seed != TrainSettings.seed)
-        folders = {config: Path("out", "-".join([config, *endings])) for config in RECIPES}
-        for config, options in RECIPES.items():
-            words = ["train.py", *(f"config/{name}.py" for name in (config, *layers)), f"--seed={seed}"]
-            words += [f"--out_dir={folders[config]}", *options.format(**folders).split()]
-            runs[folders[config]] = words, next((folders[name] for name in RECIPES if f"{{{name}}}" in options), None)
-    return runs
+    steps = [] if settings.max_iters is None else [str(settings.max_iters)]
+    endings = [*layers, *steps, *([] if settings.seed == TrainSettings.seed else [str(settings.seed)])]
+    folders = {name: Path("out", "-".join([name, *endings])) for name in every}
+    runs: Runs = {}
+    for name in (name for name in every if name in chosen):
+        config, *options = every[name].format(**folders).split()
+        words = ["train.py", *(f"config/{file}.py" for file in (config, *layers)), f"--seed={settings.seed}"]
+        words += [] if "phase1" in config else ["--final_eval=False", *(f"--max_iters={n}" for n in steps)]
+        runs[folders[name]] = [*words, f"--out_dir={folders[name]}", *options], folders.get(needs[name] or "")
+    return runs, Path("out", "-".join(["compare", settings.size, *endings[len(layers) :]]))
 
 
 def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     """Train so many at a time, each after what it needs; what they print goes to folder. Those that succeeded."""
     waiting, running, failed = dict(runs), dict[Path, subprocess.Popen[bytes]](), set[Path | None]()
     outputs = {run_folder: folder / f"{run_folder.name}.txt" for run_folder in runs}
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     bar = tqdm(total=len(runs), unit="run")
     try:
         while waiting or running:
@@ -79,7 +104,9 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
                     tqdm.write(f"python {' '.join(words)}")
                     del waiting[run_folder]
                     with outputs[run_folder].open("wb") as file:
-                        running[run_folder] = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file)
+                        running[run_folder] = subprocess.Popen(
+                            [sys.executable, *words], stdout=file, stderr=file, env=environment
+                        )
             for run_folder, process in list(running.items()):
                 if (status := process.poll()) is not None:
                     del running[run_folder]
@@ -101,12 +128,11 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
 
 def main() -> None:
     settings, _ = parse_settings(CompareSettings, sys.argv[1:])
-    runs, folder = plan(settings), Path(f"out/compare-{settings.size}")
+    runs, folder = plan(settings)
     if not Path("data/mini/meta.json").exists():
         prepare(PrepSettings())  # once, not by two trainings at a time
     make_folder(folder)
     processes = settings.processes or (1 if torch.cuda.is_available() else 2)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being killed is like Ctrl-C
     finished = train_all(runs, processes, folder)
     scored = [str(run_folder) for run_folder in finished if "phase1" not in run_folder.name]

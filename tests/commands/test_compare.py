@@ -16,24 +16,37 @@ from conftest import ROOT, TINY_LAYER, Command, plain
 
 from configurator import parse_train
 from kit.runs import read_checkpoint
-from tools.compare import RECIPES, CompareSettings, Runs, plan, train_all
+from tools.compare import MODES, RECIPES, CompareSettings, Runs, plan, train_all
 from train import PHASES, LMSettings
 
 
-def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [1337, 1338])
+@pytest.mark.parametrize(("size", "max_iters"), [("laptop", None), ("laptop", 77), ("full", None)])
+def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(
+    size: Any, max_iters: int | None, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    for settings in (CompareSettings(seeds=2), CompareSettings(size="full")):
-        runs = plan(settings)
-        assert len(runs) == settings.seeds * len(RECIPES)
-        tokens = set()
-        for i, (folder, (words, needs)) in enumerate(runs.items()):
-            s = parse_train(words[1:], PHASES).settings
-            assert (s.dataset, s.seed, Path(s.out_dir)) == ("mini", 1337 + (i >= len(RECIPES)), folder)
-            assert needs is None or needs in list(runs)[:i]
-            assert s.phase != "phase2" or Path(s.init_from) == needs
-            if isinstance(s, LMSettings):
-                tokens.add(s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size)
-        assert len(tokens) == 1
+    runs, report = plan(CompareSettings(size=size, max_iters=max_iters, seed=seed, rows=",".join(RECIPES | MODES)))
+    assert len({*runs, report}) == len(RECIPES | MODES) + 1
+    tokens = set()
+    for i, (folder, (words, needs)) in enumerate(runs.items()):
+        s = parse_train(words[1:], PHASES).settings
+        assert (s.dataset, s.seed, Path(s.out_dir or "")) == ("mini", seed, folder)
+        assert needs is None or needs in list(runs)[:i]
+        assert s.phase != "phase2" or Path(s.init_from) == needs
+        assert ("1338" in folder.name) == ("1338" in report.name) == (seed == 1338)
+        if isinstance(s, LMSettings):
+            assert max_iters in (None, s.max_iters)
+            assert not s.final_eval  # eval.py measures them all
+            tokens.add(s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size)
+    assert len(tokens) == 1
+
+
+def test_rows_bring_what_they_start_from() -> None:
+    assert not any(mode in folder.name for folder in plan(CompareSettings())[0] for mode in MODES)
+    runs, _ = plan(CompareSettings(rows="infini_long,cascade_phase2_table"))
+    names = [folder.name.removesuffix("-laptop") for folder in runs]
+    assert names == ["pythia", "cascade_phase1_table", "cascade_phase2_table", "infini_long"]
 
 
 def figures() -> list[dict[str, Any]]:
@@ -46,12 +59,6 @@ import runpy, sys
 sys.argv.append("--tasks=val,cache")
 runpy.run_path("{}", run_name="__main__")
 """  # eval.py of what takes a second
-FEW = """
-from kit.files import run
-from tools import compare
-compare.RECIPES = {{config: compare.RECIPES[config] for config in {}}}
-run(compare.main)
-"""  # compare.py with only these of its recipes
 
 
 def test_interrupted_in_the_middle_and_started_again_it_reports(
@@ -64,15 +71,15 @@ def test_interrupted_in_the_middle_and_started_again_it_reports(
     rng, kills = random.Random(0), request.config.getoption("--kills")
     configs = ["pythia", "infini"] if kills > 1 else ["pythia"]
     shutil.copytree(ROOT / "config", tmp_path / "config")
-    (tmp_path / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=60) + "final_eval = False\n")
+    (tmp_path / "config" / "laptop.py").write_text(TINY_LAYER.format(max_iters=60))
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     (tmp_path / "eval.py").write_text(FEWER.format(ROOT / "eval.py"))
-    (tmp_path / "few.py").write_text(FEW.format(configs))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mini").symlink_to(data_dir / "few")
     (tmp_path / "data" / "cache").symlink_to(data_dir / "cache")
     monkeypatch.chdir(tmp_path)
-    start = functools.partial(Command, ["few.py"], tmp_path, os.setsid)
+    words = ["-m", "tools.compare", f"--rows={','.join(configs)}"]
+    start = functools.partial(Command, words, tmp_path, os.setsid)
     started, command = time.monotonic(), start()
     log = tmp_path / "out" / "pythia-laptop" / "log.jsonl"
     while command.process.is_alive() and not (log.exists() and "tokens_per_s" in log.read_text()):

@@ -139,6 +139,41 @@ def test_validation_counts_every_token_once(num_tokens: int, data_dir: Path) -> 
     second = np.concatenate([losses[s + 16 : s + 64] for s in range(0, num_tokens - 1, 100)])
     assert scores["position_ppl"]["16-64"] == pytest.approx(np.exp(second.mean()), rel=1e-4)
     assert list(scores["position_ppl"]) == ["0-16", "16-64", "64-100"]
+    begins = [start for start in val.doc_index["start"] if start < num_tokens - 1]
+    documents = [losses[start:end].sum() for start, end in pairwise([*begins, None])]
+    np.testing.assert_allclose(scores["document_losses"], documents, rtol=1e-5)
+
+
+def test_a_difference_between_models_is_one_that_other_documents_would_show_too() -> None:
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(50, 400, size=300)
+    others = lengths * rng.normal(5, 1, size=300)  # documents differ far more than models do
+    shifts = lengths * rng.normal(0.03, 0.1, size=300)
+    found = evaluation.compare_documents(others + shifts, others, lengths)
+    means, weights = shifts / lengths, lengths / lengths.sum()
+    assert found["loss"] == pytest.approx(weights @ means)
+    spread = np.sqrt(weights**2 @ (means - found["loss"]) ** 2)  # of a ratio of two sums
+    for end, side in (("low", -1.96), ("high", 1.96)):
+        assert found[end] - found["loss"] == pytest.approx(side * spread, rel=0.1)
+    z = found["loss"] / spread
+    assert found["p"] == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.3, abs=1e-3)
+    swapped = evaluation.compare_documents(others, others + shifts, lengths)
+    assert [swapped[key] for key in ("loss", "p")] == pytest.approx([-found["loss"], found["p"]], rel=0.1)
+    assert evaluation.compare_documents(others, others, lengths)["p"] == 1
+    flipped = others + shifts * rng.choice([-1, 1], size=300)  # no difference but the documents'
+    assert evaluation.compare_documents(flipped, others, lengths)["p"] > 0.05
+
+
+def test_runs_are_compared_with_the_first_of_their_seed(model: PythiaModel, data_dir: Path, tmp_path: Path) -> None:
+    runs = []
+    for name, seed in (("a", 1), ("b", 2), ("c", 1), ("d", 2)):
+        settings = asdict(LMSettings(dataset="own", block_size=32, seed=seed))
+        runs.append(save_run(tmp_path / name, model, data_dir, config=settings))
+    type_in("eval.py", *runs, "--tasks=val", f"--data_dir={data_dir}", "--device=cpu", f"--out_dir={tmp_path / 'to'}")
+    rows = json.loads((tmp_path / "to" / "results.json").read_text())["runs"]
+    assert [row.get("against", {}).get("run") for row in rows] == [None, runs[0], runs[0], runs[1]]
+    page = (tmp_path / "to" / "report.md").read_text()
+    assert f"| {runs[3]} | {runs[1]} | +0.0% |    +0.0% | +0.0% | 1.0000 |" in page
 
 
 def test_recall_groups_equal_a_loop_over_the_windows(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

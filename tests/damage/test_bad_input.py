@@ -256,7 +256,9 @@ SETTINGS += cases("sample.py", {"--top_k=0 runs/pythia": "top_k='0'", "--kv_dim=
 SETTINGS += cases(
     "tools.bench", {"--what=everything": "what='everything'", "config/phase1.py": "'config/phase1.py' is no option"}
 )
-SETTINGS += cases("tools.compare", {"--seeds=0": "seeds='0'", "--size=huge": "size='huge' has to be", "a.py": "'a.py'"})
+SETTINGS += cases(
+    "tools.compare", {"--seed=-1": "seed='-1'", "--size=huge": "size='huge' has to be", "--rows=a": "'a' is no run"}
+)
 CONFIG_FILES: dict[str | bytes, str] = {
     "model = 'mla'\nkv_dimm = 1": "a.py: unknown key 'kv_dimm', did you mean 'kv_dim'?", "größe = 1": "'größe'",
     "model = 'pythia'\nkv_dim = 64": "a.py: 'kv_dim' is no setting of model='pythia'",
