@@ -73,7 +73,7 @@ def plan(settings: CompareSettings) -> tuple[Runs, Path]:
     for name in chosen:  # which grows meanwhile
         if name not in every:
             raise InputError(f"rows={name!r} is no run: choose from {', '.join(every)}")
-        chosen += {needs[name]} - {None, *chosen}
+        chosen += [other] if (other := needs[name]) and other not in chosen else []
     layers = ["laptop"] if settings.size == "laptop" else []
     steps = [] if settings.max_iters is None else [str(settings.max_iters)]
     endings = [*layers, *steps, *([] if settings.seed == TrainSettings.seed else [str(settings.seed)])]
