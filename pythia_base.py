@@ -22,6 +22,7 @@ Letters, for the whole project:
 
 import cmath
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,17 +84,25 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"{name}={value} has to be at least {least} and finite")
 
 
+def frequencies(config: PythiaConfig, device: torch.device | None = None) -> Tensor:
+    """The angles base^(-2r/R) by which RoPE turns the pairs of a head's dimensions per position, (R/2,) in float32."""
+    R = config.rotary_size
+    return 1 / config.rotary_base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / max(R, 1))
+
+
+kept_frequencies = functools.cache(frequencies)  # of a CPU: in decoding they would take as long as the turning
+
+
 def rotate(x: Tensor, positions: Tensor, config: PythiaConfig) -> Tensor:
     """RoPE (Su et al. 2021, arXiv 2104.09864) of x (B, H, T, D) at positions (T,), in halves as GPT-NeoX pairs them.
 
     Dimensions r and r + R/2 turn by the angle position / base^(2r/R). The angles are float32 in a bfloat16 model too.
     """
-    R = config.rotary_size
-    wavelengths = config.rotary_base ** (torch.arange(0, R, 2, device=x.device, dtype=torch.float32) / max(R, 1))
-    angles = positions[:, None].float() * (1 / wavelengths)  # (T, R/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     if has_kernels(x):  # the fast form
-        return rotate_row(x, cos, sin)
+        return rotate_row(x, positions, kept_frequencies(config))
+    angles = positions[:, None].float() * frequencies(config, x.device)  # (T, R/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    R = config.rotary_size
     x1, x2, rest = x.split([R // 2, R // 2, x.size(-1) - R], dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
 

@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cfloat>
 #include <cmath>
@@ -80,6 +81,7 @@ static inline __attribute__((always_inline)) void dot(const float *x, const T *w
     int64_t k = 0;
     for (; k + CHAINS * WIDTH <= K; k += CHAINS * WIDTH)
         for (int c = 0; c < CHAINS; c++) {
+            if (sizeof(T) == 2 && CHAINS >= 4 && c % 4 == 0) __builtin_prefetch(w + k + c * WIDTH + 512);  // 1 KB ahead
             Floats weights = load(w + k + c * WIDTH);
             for (int m = 0; m < M; m++) sums[c][m] += weights * load(x + m * K + k + c * WIDTH);
         }
@@ -129,15 +131,17 @@ static void multiply(const Tensor &x, const Tensor &W, const float *b, Tensor &y
     auto rows = (const float *)x.data_ptr();
     auto weights = (const T *)W.data_ptr();
     auto out = (float *)y.data_ptr();
-    int64_t grain = std::max<int64_t>(1, (1 << 16) / K);  // rows of W for which another thread is worth waking
-    torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
-        by_rows(x.numel() / K, [&](auto M, int64_t m) {
-            float dots[M];
-            for (int64_t n = begin; n < end; n++) {
-                dot<M>(rows + m * K, weights + n * stride, K, dots);
-                for (int i = 0; i < M; i++) out[(m + i) * N + n] = dots[i] + (b ? b[n] : 0);
-            }
-        });
+    int64_t block = std::max<int64_t>(1, (1 << 16) / K);  // rows of W for which another thread is worth waking
+    std::atomic<int64_t> next = 0;  // each block goes to the thread that is free: none waits for one that was held up
+    torch::stable::parallel_for(0, N, block, [&](int64_t, int64_t) {
+        for (int64_t begin; (begin = next.fetch_add(block)) < N;)
+            by_rows(x.numel() / K, [&](auto M, int64_t m) {
+                float dots[M];
+                for (int64_t n = begin; n < std::min(N, begin + block); n++) {
+                    dot<M>(rows + m * K, weights + n * stride, K, dots);
+                    for (int i = 0; i < M; i++) out[(m + i) * N + n] = dots[i] + (b ? b[n] : 0);
+                }
+            });
     });
 }
 
@@ -246,22 +250,27 @@ static Tensor attend(Tensor q, Tensor k, Tensor v, double scale, std::optional<T
 }
 
 // RoPE of x (B, H, T, D) by cosines and sines (T, R / 2)
-static Tensor rotate(Tensor x, Tensor cos, Tensor sin) {
-    int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3), half = cos.size(1);
+static Tensor rotate(Tensor x, Tensor positions, Tensor frequencies) {
+    int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3), half = frequencies.size(0);
     int64_t b_stride = x.stride(0), h_stride = x.stride(1), t_stride = x.stride(2);
     Tensor y = torch::stable::new_empty(x, {B, H, T, D});
-    auto in = (const float *)x.data_ptr();
-    auto cosines = (const float *)cos.data_ptr(), sines = (const float *)sin.data_ptr();
+    auto in = (const float *)x.data_ptr(), turns = (const float *)frequencies.data_ptr();
+    auto place = (const int64_t *)positions.data_ptr();
     auto out = (float *)y.data_ptr();
-    torch::stable::parallel_for(0, B * H * T, 1024, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) {
-            int64_t b = row / (H * T), h = row / T % H, t = row % T;
-            const float *from = in + b * b_stride + h * h_stride + t * t_stride;
-            const float *c = cosines + t * half, *s = sines + t * half;
-            float *__restrict to = out + row * D;
-            for (int64_t r = 0; r < half; r++) to[r] = from[r] * c[r] - from[r + half] * s[r];
-            for (int64_t r = 0; r < half; r++) to[r + half] = from[r + half] * c[r] + from[r] * s[r];
-            for (int64_t d = 2 * half; d < D; d++) to[d] = from[d];
+    torch::stable::parallel_for(0, T, std::max<int64_t>(1, 1024 / (B * H)), [&](int64_t begin, int64_t end) {
+        std::vector<float> c(half), s(half);
+        for (int64_t t = begin; t < end; t++) {
+            for (int64_t r = 0; r < half; r++) {
+                float angle = float(place[t]) * turns[r];
+                c[r] = std::cos(angle), s[r] = std::sin(angle);
+            }
+            for (int64_t row = 0; row < B * H; row++) {
+                const float *from = in + row / H * b_stride + row % H * h_stride + t * t_stride;
+                float *__restrict to = out + (row * T + t) * D;
+                for (int64_t r = 0; r < half; r++) to[r] = from[r] * c[r] - from[r + half] * s[r];
+                for (int64_t r = 0; r < half; r++) to[r + half] = from[r + half] * c[r] + from[r] * s[r];
+                for (int64_t d = 2 * half; d < D; d++) to[d] = from[d];
+            }
         }
     });
     return y;
@@ -270,7 +279,7 @@ static Tensor rotate(Tensor x, Tensor cos, Tensor sin) {
 STABLE_TORCH_LIBRARY(decode, m) {
     m.def("linear(Tensor x, Tensor W, Tensor? b) -> Tensor");
     m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias) -> Tensor");
-    m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+    m.def("rotate(Tensor x, Tensor positions, Tensor frequencies) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(decode, CPU, m) {

@@ -166,9 +166,9 @@ class RowLinear(nn.Linear):
         return row_linear(x, self.weight, self.bias)
 
 
-def rotate_row(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of x (B, H, T, D) by cosines and sines (T, R/2), in one pass."""
-    return kernels.rotate.default(x, cos, sin)
+def rotate_row(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """RoPE of x (B, H, T, D) at positions (T,), its pairs turned by frequencies (R/2,) per position, in one pass."""
+    return kernels.rotate.default(x, positions, frequencies)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

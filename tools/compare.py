@@ -116,7 +116,8 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
                         f"FAILED: {run_folder}, exit status {status}, see {outputs[run_folder]}: {last}", sys.stderr
                     )
                     failed.add(run_folder)
-            bar.update(len(runs) - len(waiting) - len(running) - bar.n)
+            if ended := len(runs) - len(waiting) - len(running) - bar.n:
+                bar.update(ended)
             time.sleep(0.2)
     finally:  # after Ctrl-C too: nothing outlives it
         bar.close()

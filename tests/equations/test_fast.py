@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 from configurator import MODELS
 from kit import fast
 from kit.fast import LOSS_ROWS, head_loss, next_token_loss, prepare_decoding, round_weights, score_tokens
+from pythia_base import PythiaConfig, rotate
 
 # ------------------------------------------------------------------------------------------- the loss without logits
 
@@ -103,9 +104,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 70, 512), (8, 70, 500), (11, 33, 64), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 700, 512), (8, 70, 500), (11, 33, 64), (3, 5, 7)], ids=str)
 def test_a_product_with_a_few_rows(kernels: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Of any sizes, and of a part of a matrix's columns."""
+    """Of any sizes, one of them shared out among threads block by block, and of a part of a matrix's columns."""
     M, N, K = shape
     x, W, b = torch.randn(1, M, K), torch.randn(N, K + 3).to(dtype)[:, 3:], torch.randn(N)
     expected = x.double() @ W.double().T + b
@@ -131,6 +132,17 @@ def test_attention_of_one_token(
         expected = scores.softmax(dim=-1) @ v.double().repeat_interleave(H // G, 1)
         torch.testing.assert_close(fast.attend(q, k, v, 0.3, given).double(), expected, atol=2e-5, rtol=1e-5)
     torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_rope_of_many_rows_and_far_away(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a part of a projection, as attention hands it over."""
+    config = PythiaConfig(hidden_size=256, num_heads=8, rotary_pct=0.5)
+    positions = torch.tensor([0, 1, 2, 77, 2047, 32767, 1_000_000]).repeat(100)
+    x = torch.randn(2, len(positions), 8, 96).transpose(1, 2)[..., 32:64]
+    turned = rotate(x, positions, config)
+    monkeypatch.setattr(fast, "kernels", None)
+    torch.testing.assert_close(turned, rotate(x, positions, config), atol=1e-5, rtol=1e-5)
 
 
 def test_every_model_decodes_the_same_after_prompts_of_any_length(
