@@ -49,8 +49,7 @@ RECIPES = {  # run: its config and options; {NAME} stands for the folder of anot
     "cascade_phase1_table": f"cascade_phase1 {MINI} {TABLE}",
     "cascade_phase2_table": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1_table}}",
 }
-MODES = {name: name for name in ("infini_banks2", "infini_alibi", "infini_alibi2", "infini_multi4", "infini_multi8")}
-MODES |= {"infini_long": "infini_long"}  # that --rows has to name
+MODES = {f"infini_{mode}": f"infini_{mode}" for mode in ("banks2", "alibi", "alibi2", "multi4", "multi8", "long")}
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
 

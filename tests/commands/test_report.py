@@ -57,7 +57,8 @@ def test_runs_of_one_config_differ_in_the_seed_and_what_is_named_after_it(
 ) -> None:
     first, second = make_run("a", "mla", 1.0, 1.0), make_run("a", "mla", 1.0, 1.0, seed=2)
     first["settings"]["init_from"] = init_from.removesuffix("-2") if is_one else "scratch"
-    second["settings"]["init_from"], second["tokens_seen"] = init_from, tokens_seen
+    second["settings"] |= {"init_from": init_from, "final_eval": False}
+    second["tokens_seen"] = tokens_seen
     assert len(group_runs([first, second])) == 2 - is_one
 
 
