@@ -49,7 +49,30 @@ RECIPES = {  # run: its config and options; {NAME} stands for the folder of anot
     "cascade_phase1_table": f"cascade_phase1 {MINI} {TABLE}",
     "cascade_phase2_table": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1_table}}",
 }
-MODES = {f"infini_{mode}": f"infini_{mode}" for mode in ("banks2", "alibi", "alibi2", "multi4", "multi8", "long")}
+CASCADES = {  # rows of other cascades: options of both phases
+    "one": "--num_context_blocks=1",
+    "wide": "--num_context_blocks=1 --context_dim=1000",
+    "four": "--num_context_blocks=4",
+    "deep": "--num_layers_per_block=2",
+}
+MORE = {  # what --rows has to name: modes, ablations, and what a trained baseline becomes
+    **{f"infini_{mode}": f"infini_{mode}" for mode in ("banks2", "alibi", "alibi2", "multi4", "multi8", "long")},
+    "mla_kv512": "mla_kv256 --kv_dim=512",  # as wide as the model: nothing is compressed, ALiBi stays
+    "cascade_phase1_all": f"{RECIPES['cascade_phase1_table']} --cascade_data=all",
+    **{f"cascade_phase1_{name}": f"{RECIPES['cascade_phase1_table']} {both}" for name, both in CASCADES.items()},
+    **{
+        f"cascade_phase2_{name}": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1_{name}}} {both}"
+        for name, both in {"all": "", **CASCADES}.items()
+    },
+    "cascade_phase2_trained": f"{RECIPES['cascade_phase2_table']} --freeze_embedding=False",
+    "cascade_phase2_untied": f"{RECIPES['cascade_phase2_table']} --tie_weights=False",
+    **{
+        f"{name}_from": f"{name} --init_from={{pythia}}"
+        for name in ("pythia", "mla_kv128", "infini", "phase1", "context_kv_phase1")
+    },
+    "phase2_from": "phase2 --init_from={phase1_from}",
+    "context_kv_phase2_from": "context_kv_phase2 --init_from={context_kv_phase1_from}",
+}
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
 
@@ -58,7 +81,7 @@ class CompareSettings:
     """compare.py"""
 
     size: Literal["laptop", "full"] = "laptop"  # with config/laptop.py on top, or at Pythia-70M's size
-    rows: str | None = None  # which runs, separated by commas: pythia,infini_long; None: all but Infini's modes
+    rows: str | None = None  # which runs, separated by commas: pythia,infini_long; None: the architectures
     seed: NonNegativeInt = TrainSettings.seed  # of all runs; another than this one is in the names of the folders
     max_iters: PositiveInt | None = None  # steps of every language model, also in the names; None: what its configs say
     processes: PositiveInt | None = None  # trainings at a time; None: one on a GPU, else two that share the cores
@@ -66,7 +89,7 @@ class CompareSettings:
 
 def plan(settings: CompareSettings) -> tuple[Runs, Path]:
     """The runs, each after what it needs, and where the report goes."""
-    every = RECIPES | MODES
+    every = RECIPES | MORE
     needs = {name: next(iter(re.findall(r"{(\w+)}", recipe)), None) for name, recipe in every.items()}
     chosen = settings.rows.split(",") if settings.rows is not None else [*RECIPES]
     for name in chosen:  # which grows meanwhile

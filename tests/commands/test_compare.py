@@ -16,7 +16,7 @@ from conftest import ROOT, TINY_LAYER, Command, plain
 
 from configurator import parse_train
 from kit.runs import read_checkpoint
-from tools.compare import MODES, RECIPES, CompareSettings, Runs, plan, train_all
+from tools.compare import MORE, RECIPES, CompareSettings, Runs, plan, train_all
 from train import PHASES, LMSettings
 
 
@@ -26,8 +26,8 @@ def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(
     size: Any, max_iters: int | None, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    runs, report = plan(CompareSettings(size=size, max_iters=max_iters, seed=seed, rows=",".join(RECIPES | MODES)))
-    assert len({*runs, report}) == len(RECIPES | MODES) + 1
+    runs, report = plan(CompareSettings(size=size, max_iters=max_iters, seed=seed, rows=",".join(RECIPES | MORE)))
+    assert len({*runs, report}) == len(RECIPES | MORE) + 1
     tokens = set()
     for i, (folder, (words, needs)) in enumerate(runs.items()):
         s = parse_train(words[1:], PHASES).settings
@@ -43,7 +43,7 @@ def test_all_are_trained_on_as_many_tokens_each_after_what_it_needs(
 
 
 def test_rows_bring_what_they_start_from() -> None:
-    assert not any(mode in folder.name for folder in plan(CompareSettings())[0] for mode in MODES)
+    assert not {folder.name.removesuffix("-laptop") for folder in plan(CompareSettings())[0]} & MORE.keys()
     runs, _ = plan(CompareSettings(rows="infini_long,cascade_phase2_table"))
     names = [folder.name.removesuffix("-laptop") for folder in runs]
     assert names == ["pythia", "cascade_phase1_table", "cascade_phase2_table", "infini_long"]
