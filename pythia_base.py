@@ -39,7 +39,7 @@ from kit.show import show
 from kit.weights import read_gpt_neox, require_known_source, take_over, write_gpt_neox, write_variant
 
 RESIDUAL_OUTPUTS = (".dense", ".dense_4h_to_h", ".W_O")  # what writes to the residual stream, and starts accordingly
-PREFILL_TOKENS = 512  # a long prompt goes through the cache in chunks of this many tokens
+PREFILL_TOKENS = 2048  # a long prompt goes through the cache in chunks of this many tokens
 
 
 @dataclass(frozen=True)
