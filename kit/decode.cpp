@@ -249,7 +249,7 @@ static Tensor attend(Tensor q, Tensor k, Tensor v, double scale, std::optional<T
     return out;
 }
 
-// RoPE of x (B, H, T, D) by cosines and sines (T, R / 2)
+// RoPE of x (B, H, T, D) at positions (T), its pairs turned by frequencies (R / 2) per position
 static Tensor rotate(Tensor x, Tensor positions, Tensor frequencies) {
     int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3), half = frequencies.size(0);
     int64_t b_stride = x.stride(0), h_stride = x.stride(1), t_stride = x.stride(2);
