@@ -230,7 +230,8 @@ LOOKS = zip(COLOURS, "os^DvPX", LINES, strict=True)  # readable in black and whi
 STYLES: list[dict[str, Any]] = [{"color": c, "marker": marker, "linestyle": line} for c, marker, line in LOOKS]
 LOOK: Any = {"font.size": 14, "lines.linewidth": 2, "lines.markersize": 8, "legend.frameon": False}
 LOOK |= {"axes.spines.top": False, "axes.spines.right": False}
-FRONT = "Filled and joined: the best front, than which nothing smaller is better. Dotted: Pythia's PPL."
+FRONT = "Filled and joined: the best front, than which nothing smaller is better. Dotted: Pythia's PPL; three times as "
+FRONT += "much is beyond the picture, in the legend alone."
 PICTURES = {  # file: figures of y and x, their labels; caption
     "tradeoff": (("val_ppl", "cache_bytes_per_token"), "validation PPL", "cache bytes per token", FRONT),
     "cache": (("cache_bytes",), "bytes", "thousand tokens in the cache", "Cache of one row of text."),
@@ -269,6 +270,8 @@ def draw_tradeoff(picture: Any, configs: list[Config], figure: str, x_label: str
         axes.errorbar(size, ppl, yerr=c.spread(figure)[1], label=f"{c.name}: {size:,.1f}, {ppl:.1f}", **style)
         if c.family == "pythia":
             axes.axhline(ppl, linestyle=":", zorder=0, **GREY)
+            ppls = [place(each)[1] for each in configs]
+            axes.set_ylim(0.9 * min(ppls), min(3 * ppl, 1.05 * max(ppls) + 1))
     axes.step(*zip(*map(place, front), strict=True), where="post", zorder=0, **GREY)
     axes.set(xscale="log", xlabel=f"{x_label} (fewer is better)", ylabel=f"{y_label} (lower is better)")
     picture.set_size_inches(12, 7)
