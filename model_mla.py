@@ -23,7 +23,7 @@ import pythia_base
 from kit.fast import attend, has_kernels
 from kit.show import largest, say, show, text_ids
 from kit.weights import bias_free_attention
-from pythia_base import Attention, PythiaConfig, PythiaModel, merge_heads, split_heads
+from pythia_base import Attention, PythiaConfig, PythiaModel, merge_heads, reference_rope, rotate, split_heads
 
 
 def reference(model: "MLAPythiaModel", idx: Tensor) -> Tensor:
@@ -37,6 +37,7 @@ def reference_attention(a: "LatentAttention", x: Tensor) -> Tensor:
     c_kv = x @ a.W_DKV.weight.T  # (9)
     for W_Q, W_UK, W_UV in zip(*(W.weight.split(D) for W in (a.W_Q, a.W_UK, a.W_UV)), strict=True):
         q, k, v = x @ W_Q.T, c_kv @ W_UK.T, c_kv @ W_UV.T  # (10), (11)
+        q, k = (torch.stack([reference_rope(y[t], t, a.config) for t in range(len(x))]) for y in (q, k))
         outputs = []
         for i in range(len(x)):
             scores = [q[i] @ k[j] / math.sqrt(D) - m * (i - j) for j in range(i + 1)]
@@ -51,13 +52,18 @@ class MLAConfig(PythiaConfig):
 
     kv_dim: int = 128  # width L of the latent, all that is cached of a token in a layer
     alibi_slope: float = 0.0625  # m, what a score loses per token of distance, the same for all heads
-    rotary_pct: float = field(default=0.0, init=False)
+    use_rope: bool = False  # Pythia's RoPE besides, to tell it from ALiBi: every step then rebuilds and turns all keys
+    rotary_pct: float = field(default=0.25, init=False)
     rotary_base: float = field(default=10000.0, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kv_dim > self.hidden_size:
             raise ValueError(f"kv_dim={self.kv_dim} is above hidden_size={self.hidden_size}: nothing would shrink")
+
+    @property
+    def rotary_size(self) -> int:
+        return super().rotary_size if self.use_rope else 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,9 @@ class LatentAttention(Attention):
     def expanded(self, q: Tensor, c_kv: Tensor) -> Tensor:
         """Rebuild every key and value: k = c_kv W_UK, v = c_kv W_UV. q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)."""
         k, v = (split_heads(W(c_kv.to(q.dtype)), self.config.num_heads) for W in (self.W_UK, self.W_UV))  # (B, H, P, D)
+        if self.config.rotary_size:
+            positions = torch.arange(k.size(2), device=q.device)
+            q, k = rotate(q, positions[-q.size(2) :], self.config), rotate(k, positions, self.config)
         return alibi_attention(q, k, v, self.config.alibi_slope)
 
     def absorbed(self, q: Tensor, c_kv: Tensor) -> Tensor:
@@ -132,9 +141,9 @@ class LatentAttention(Attention):
         return out_latent @ W_UV.transpose(1, 2)
 
     def absorbing_is_cheaper(self, T: int) -> bool:
-        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D)."""
+        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D); RoPE forbids it."""
         L, D = self.config.kv_dim, self.config.head_size
-        return T * (L - D) < L * D
+        return not self.config.rotary_size and T * (L - D) < L * D
 
 
 def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:

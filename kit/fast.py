@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB in float32
+GPU_LOSS_ROWS = 4096  # fewer leave a GPU idle between kernels
 LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
+
+
+def loss_rows(h: Tensor) -> int:
+    return GPU_LOSS_ROWS if h.is_cuda else LOSS_ROWS
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -25,7 +30,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """next_token_loss(h W^T, targets) without ever holding the (N, V) logits: LOSS_ROWS rows at a time.
+    """next_token_loss(h W^T, targets) without ever holding the (N, V) logits: loss_rows(h) rows at a time.
 
     With p = softmax(h W^T) and y the one-hot targets, the gradient of a row's loss for its logits is p - y, so each
     chunk yields its share of dh = (p - y) W and dW = (p - y)^T h while its logits are at hand; backward only scales.
@@ -40,9 +45,10 @@ class HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # of a frozen W, none
         total = torch.zeros((), device=h.device)
         # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
-        product = h.new_empty(min(len(h), LOSS_ROWS), len(weight))
+        chunk = loss_rows(h)
+        product = h.new_empty(min(len(h), chunk), len(weight))
         wide = None if h.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
-        for rows, y, keep, out in zip(*(x.split(LOSS_ROWS) for x in (h, targets, kept, dh)), strict=True):
+        for rows, y, keep, out in zip(*(x.split(chunk) for x in (h, targets, kept, dh)), strict=True):
             logits = torch.mm(rows, W.T, out=product[: len(rows)])  # the last chunk may be shorter
             p = logits if wide is None else wide[: len(rows)].copy_(logits)
             torch.log_softmax(p, dim=-1, out=p)
@@ -66,11 +72,11 @@ class HeadLoss(torch.autograd.Function):
 
 def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss in nats of every token, and whether none is likelier: (B, T) float32 and bool, for h (B, T, C)."""
-    kept, losses, right = targets != -100, [], []
-    ys = targets.where(kept, 0).flatten()[:, None].split(LOSS_ROWS)
-    product = h.new_empty(min(targets.numel(), LOSS_ROWS), len(weight))  # one memory for all chunks, as in HeadLoss
-    for rows, y in zip(h.flatten(0, 1).split(LOSS_ROWS), ys, strict=True):
-        logits = torch.mm(rows, weight.T, out=product[: len(rows)]).float()  # (LOSS_ROWS, V)
+    kept, losses, right, chunk = targets != -100, [], [], loss_rows(h)
+    ys = targets.where(kept, 0).flatten()[:, None].split(chunk)
+    product = h.new_empty(min(targets.numel(), chunk), len(weight))  # one memory for all chunks, as in HeadLoss
+    for rows, y in zip(h.flatten(0, 1).split(chunk), ys, strict=True):
+        logits = torch.mm(rows, weight.T, out=product[: len(rows)]).float()  # (chunk, V)
         right.append(logits.gather(1, y) == logits.amax(dim=-1, keepdim=True))
         losses.append(-torch.log_softmax(logits, dim=-1, out=logits).gather(1, y))
     return torch.cat(losses).view_as(targets).where(kept, 0), torch.cat(right).view_as(targets) & kept

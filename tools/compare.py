@@ -58,6 +58,7 @@ CASCADES = {  # rows of other cascades: options of both phases
 MORE = {  # what --rows has to name: modes, ablations, and what a trained baseline becomes
     **{f"infini_{mode}": f"infini_{mode}" for mode in ("banks2", "alibi", "alibi2", "multi4", "multi8", "long")},
     "mla_kv512": "mla_kv256 --kv_dim=512",  # as wide as the model: nothing is compressed, ALiBi stays
+    "mla_kv512_rope": "mla_kv256 --kv_dim=512 --use_rope=True --alibi_slope=0",  # what is left: no biases, two factors
     "cascade_phase1_all": f"{RECIPES['cascade_phase1_table']} --cascade_data=all",
     **{f"cascade_phase1_{name}": f"{RECIPES['cascade_phase1_table']} {both}" for name, both in CASCADES.items()},
     **{

@@ -110,13 +110,14 @@ def test_conversion_is_the_best_approximation_of_its_rank(kv_dim: int) -> None:
         torch.testing.assert_close(up.norm(), down.norm())  # sqrt(S) each
 
 
+@pytest.mark.parametrize("use_rope", [False, True])
 @torch.no_grad()
-def test_a_baseline_without_positions_converts_exactly() -> None:
-    """Without RoPE, ALiBi and biases of queries and keys the two are one model: the other biases are kept."""
-    baseline = make_baseline(rotary_pct=0.0)
+def test_a_baseline_with_the_same_positions_converts_exactly(use_rope: bool) -> None:
+    """With RoPE or nothing on both sides, no biases of queries and keys, they are one model: other biases are kept."""
+    baseline = make_baseline(rotary_pct=0.25 if use_rope else 0.0)
     for attention in baseline.attentions():
         attention.query_key_value.bias.view(4, 3, 8)[:, :2] = 0
-    model, idx = make_model(kv_dim=32, alibi_slope=0.0), make_tokens(2, 40)
+    model, idx = make_model(kv_dim=32, alibi_slope=0.0, use_rope=use_rope), make_tokens(2, 40)
     report = model.start_from(baseline)
     torch.testing.assert_close(model(idx)[0], baseline(idx)[0], atol=1e-4, rtol=0)
     converted = {f"layers.{i}.attention.{W}.weight" for i in range(3) for W in ("W_Q", "W_DKV", "W_UK", "W_UV", "W_O")}

@@ -27,6 +27,7 @@ CONFIGS: dict[str, Any] = {
     "pythia-full-rotary": PythiaConfig(**SMALL, rotary_pct=1.0, rotary_base=100.0),
     "mla": MLAConfig(**SMALL, kv_dim=12),
     "mla-steep": MLAConfig(**SMALL, kv_dim=12, alibi_slope=0.7),
+    "mla-rope": MLAConfig(**SMALL, kv_dim=12, use_rope=True),
     "context": ContextPythiaConfig(**SMALL, context_dim=12),
     "context-half-rotary": ContextPythiaConfig(**SMALL, context_dim=12, rotary_pct=0.5, embed_norm=False),
     "context_kv": ContextKVConfig(**SMALL, context_dim=12, context_layers=(0, 2), context_interval=4, max_contexts=3),
