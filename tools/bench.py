@@ -48,6 +48,7 @@ from train import LMSettings, make_optimizers, pick_dtype
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py
 STEPS = ((1, 256), (1, 8192), (1, 32768), (8, 2048), (8, 8192))  # rows and tokens in the cache
 BUDGET, ROWS = 2**30, (1, 8, 32, 128)  # bytes for weights and caches; rows that are decoded together if they fit
+GPU_BUDGET, GPU_ROWS = 2**33, (*ROWS, 512, 2048)
 CONTEXT_TOKENS, PLAIN_SHARE = 500_000, 50  # of the fast recurrence; the plain one takes so much less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUSY = 1.25  # how far speeds of the machine before and after a table may be apart
@@ -82,13 +83,18 @@ class Contender:
     tokens: float  # that it works on
     bytes: float = 0  # that it has to read
     operations: float = 0  # floating-point operations that it has to do
+    dtype: torch.dtype = torch.float32  # in which it does them
 
 
-def speeds(device: torch.device) -> tuple[float, float]:
-    """Bytes a second that are read, operations a second of a float32 product: the best of a few."""
-    numbers, square = torch.ones(2**26, device=device), torch.ones(1024, 1024, device=device)
-    seconds = [min(seconds_of(work, device) for _ in range(5)) for work in (numbers.sum, lambda: square @ square)]
-    return numbers.nbytes / seconds[0], 2 * 1024**3 / seconds[1]
+def speeds(device: torch.device) -> dict[str, float]:
+    """Bytes a second that are read, operations a second of a product in each dtype of training: the best of a few."""
+    n = 8192 if device.type == "cuda" else 1024
+    numbers, square = torch.ones(2**26, device=device), torch.randn(n, n, device=device)
+    best = {"read": numbers.nbytes / min(seconds_of(numbers.sum, device) for _ in range(5))}
+    for name, dtype in training_dtypes(device).items():
+        factor = square.to(dtype)
+        best[name] = 2 * n**3 / min(seconds_of(lambda x=factor: x @ x, device) for _ in range(5))  # type: ignore[misc]
+    return best
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -109,21 +115,23 @@ def compare(title: str, contenders: dict[str, Contender], repeats: int, device: 
             if repeat:
                 seconds[name].append(elapsed)
     after = speeds(device)
-    bandwidth, peak = map(max, before, after)
-    busy = max(max(pair) / min(pair) for pair in zip(before, after, strict=True)) > BUSY
+    busy = any(max(before[k], after[k]) > BUSY * min(before[k], after[k]) for k in before)
+    best = {k: max(before[k], after[k]) for k in before}
     rates = {name: [c.tokens / s for s in seconds[name]] for name, c in contenders.items()}
     first, rows, results = next(iter(rates.values())), [], {}
     for name, c in contenders.items():
         ratios = [a / b for a, b in zip(rates[name], first, strict=True)]
-        limit, median = max(c.bytes / bandwidth, c.operations / peak), statistics.median(seconds[name])
+        peak = best[str(c.dtype).removeprefix("torch.")] if c.operations else math.inf
+        limit, median = max(c.bytes / best["read"], c.operations / peak), statistics.median(seconds[name])
         row = [name, f"{1000 * median:,.2f}", f"{statistics.median(rates[name]):,.4g}"]
         row += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"]
         rows.append([*row, *([f"{1000 * limit:,.2f}", f"{limit / median:.0%}"] if limit else ["", ""])])
         results[name] = {"seconds": seconds[name], "tokens": c.tokens, "limit": limit}
     header = [title + (" (busy)" if busy else ""), "ms", "tokens/s", "ratio", "spread", "limit ms", "share"]
     print("\n" + format_table(header, rows))
-    print(f"{bandwidth / 1e9:.1f} GB/s, {peak / 1e9:.0f} GFLOP/s of float32", flush=True)
-    return {title: {"busy": busy, "bandwidth": bandwidth, "peak": peak, "rows": results}}
+    peaks = ", ".join(f"{best[name] / 1e9:,.0f} GFLOP/s of {name}" for name in DTYPES if name in best)
+    print(f"{best['read'] / 1e9:,.1f} GB/s, {peaks}", flush=True)
+    return {title: {"busy": busy, "speeds": best, "rows": results}}
 
 
 def text_batch(settings: BenchSettings, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
@@ -141,12 +149,12 @@ def seeded_model(name: str, settings: BenchSettings) -> Any:
 
 
 def decoding_model(name: str, settings: BenchSettings, device: torch.device, *, rounded: bool) -> Any:
-    """A model as it decodes: on a CPU by the kernels, its weights float32 or rounded to bfloat16."""
+    """A model as it decodes: on a CPU by the kernels, weights float32 or rounded to bfloat16; else in that dtype."""
     model = seeded_model(name, settings).to(device).eval()
     prepare_decoding(model)
-    if rounded:
+    if rounded and device.type == "cpu":
         round_weights(model)
-    return model
+    return model.bfloat16() if rounded and device.type != "cpu" else model
 
 
 def transformers_model(settings: BenchSettings) -> Any:
@@ -181,7 +189,7 @@ def weight_bytes(model: Any, *, rounded: bool) -> int:
 
 
 def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One step of 4 x 256 tokens (CUDA: 16 x 2,048), AdamW: this project's fused one, transformers' as it comes."""
+    """One step of 4 x 256 tokens (CUDA: 16 x 2,048), AdamW: ours as train.py does it, transformers' as it comes."""
     idx, targets = (x.to(device) for x in text_batch(settings, *((16, 2048) if device.type == "cuda" else (4, 256))))
 
     def step(model: Any, optimizer: Any, dtype: torch.dtype, loss_of: Callable[[Any], Tensor]) -> None:
@@ -200,10 +208,12 @@ def bench_train(settings: BenchSettings, device: torch.device) -> Iterator[dict[
             contenders[f"transformers {name}"] = Contender(work, idx.numel())
     ours = seeded_model("pythia", settings).to(device)
     operations = operations_of(lambda: ours(idx, targets)[1].backward())
-    fused = make_optimizers(ours, LMSettings())["optimizer"]
+    fused, trained = make_optimizers(ours, LMSettings())["optimizer"], ours
+    if device.type == "cuda":
+        trained = torch.compile(ours)
     for name, dtype in training_dtypes(device).items():
-        work = partial(step, ours, fused, dtype, lambda model: model(idx, targets)[1])
-        contenders[f"ours {name}"] = Contender(work, idx.numel(), operations=operations)
+        work = partial(step, trained, fused, dtype, lambda model: model(idx, targets)[1])
+        contenders[f"ours {name}"] = Contender(work, idx.numel(), operations=operations, dtype=dtype)
     yield compare("training step", contenders, settings.repeats, device)
 
 
@@ -223,7 +233,7 @@ def bench_prefill(settings: BenchSettings, device: torch.device) -> Iterator[dic
         for model_name in settings.models.split(","):
             model = seeded_model(model_name, settings).to(device, dtype).eval()
             work = partial(prefill, model)
-            contenders[model_name] = Contender(work, idx.numel(), operations=operations_of(work))
+            contenders[model_name] = Contender(work, idx.numel(), operations=operations_of(work), dtype=dtype)
         yield compare(f"prompt of {idx.size(1):,} tokens, {name}", contenders, settings.repeats, device)
 
 
@@ -291,7 +301,7 @@ def peer(module: str, package: str, path: str) -> Any:
 def bench_steps(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
     """One decoding step of every model at the end of its cache; the baseline is the ordinary K/V cache."""
     for dtype_name, dtype in DTYPES.items():
-        rounded = dtype == torch.bfloat16
+        rounded, computed = dtype == torch.bfloat16, dtype if device.type == "cuda" else torch.float32
         models = {n: decoding_model(n, settings, device, rounded=rounded) for n in settings.models.split(",")}
         for batch_size, length in STEPS[::3] if settings.quick else STEPS:
             contenders = {}
@@ -299,10 +309,10 @@ def bench_steps(settings: BenchSettings, device: torch.device) -> Iterator[dict[
                 cache = filled_cache(model, batch_size, length, dtype)
                 token = text_batch(settings, batch_size, 1)[0].to(device)
                 work = partial(decode_step, model, token, cache)
-                operations = operations_of(partial(decode_step, seeded_model(name, settings), token, cache))
+                operations = operations_of(work)
                 read = weight_bytes(model, rounded=rounded) + cache.nbytes
                 label = f"{name}, cache {cache.nbytes / 2**20:,.1f} MiB"
-                contenders[label] = Contender(work, batch_size, read, operations)
+                contenders[label] = Contender(work, batch_size, read, operations, computed)
             yield compare(f"{length:,} tokens, batch {batch_size}, {dtype_name}", contenders, settings.repeats, device)
 
 
@@ -322,21 +332,24 @@ def decode_step(model: Any, token: Tensor, cache: Cache) -> None:
 
 @torch.no_grad()
 def bench_rows(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """What a smaller cache is for: rows that fit into BUDGET, and tokens/s of all rows together, as many as fit."""
+    """What a smaller cache is for: rows that fit into a budget, and tokens/s of all rows together, as many as fit."""
+    on_gpu = device.type == "cuda"
+    budget, counts, dtype = (GPU_BUDGET, GPU_ROWS, torch.bfloat16) if on_gpu else (BUDGET, ROWS, torch.float32)
     for length in (2048, 32768):
         contenders, fits = {}, []
         for name in settings.models.split(","):
-            model = decoding_model(name, settings, device, rounded=False)
+            model = decoding_model(name, settings, device, rounded=on_gpu)
             weights = sum(p.nbytes for p in model.parameters())
             with torch.device("meta"):
-                row = seeded_model(name, settings).init_cache(1, length).nbytes
-            fits.append([name, *(f"{max(budget - weights, 0) // row:,}" for budget in (BUDGET, 80 * BUDGET))])
-            for rows in [rows for rows in ROWS if weights + rows * row <= BUDGET]:
-                cache = filled_cache(model, rows, length, torch.float32)
+                row = seeded_model(name, settings).to(dtype).init_cache(1, length).nbytes
+            fits.append([name, *(f"{max(size - weights, 0) // row:,}" for size in (budget, 80 * 2**30))])
+            for rows in [rows for rows in counts if weights + rows * row <= budget]:
+                cache = filled_cache(model, rows, length, dtype)
                 token = text_batch(settings, rows, 1)[0].to(device)
                 contenders[f"{name} x {rows}"] = Contender(partial(decode_step, model, token, cache), rows)
-        print("\n" + format_table([f"rows of {length:,} tokens that fit", "1 GiB", "80 GiB"], fits))
-        yield compare(f"all rows at {length:,} tokens, 1 GiB", contenders, settings.repeats, device)
+        size = f"{budget / 2**30:.0f} GiB"
+        print("\n" + format_table([f"rows of {length:,} tokens that fit", size, "80 GiB"], fits))
+        yield compare(f"all rows at {length:,} tokens, {size}", contenders, settings.repeats, device)
 
 
 def bench_attention(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -354,7 +367,7 @@ def bench_attention(settings: BenchSettings, device: torch.device) -> Iterator[d
         "matmul, bias, softmax": lambda: plain().sum().backward(),
         "bias as extra dimensions": lambda: alibi_attention(q, k, v, alibi.slope).sum().backward(),
     }
-    contenders = {name: Contender(work, B * T, operations=causal) for name, work in works.items()}
+    contenders = {name: Contender(work, B * T, operations=causal, dtype=dtype) for name, work in works.items()}
     yield compare(f"attention with ALiBi, {B} x 8 x {T:,}", contenders, settings.repeats, device)
 
 

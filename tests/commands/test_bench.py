@@ -22,10 +22,10 @@ def test_ratios_are_of_the_same_repeat_and_the_first_run_is_not_counted(
         clock[0] += next(seconds[name])
 
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr(bench, "speeds", lambda device: (1000.0, next(peaks)))
+    monkeypatch.setattr(bench, "speeds", lambda device: {"read": 1000.0, "float32": 1.0, "bfloat16": next(peaks)})
     contenders = {
         "plain": Contender(lambda: work("plain"), 100),
-        "fast": Contender(lambda: work("fast"), 100, bytes=150, operations=1000),
+        "fast": Contender(lambda: work("fast"), 100, bytes=150, operations=1000, dtype=torch.bfloat16),
     }
     table = compare("work", contenders, repeats=3, device=torch.device("cpu"))["work"]
     assert order == ["plain", "fast"] * 4
