@@ -1,4 +1,4 @@
-"""The tables of README.md and RESULTS.md say what assets/ holds: results-*.json of eval.py, training.json of the logs."""
+"""The tables of README.md and RESULTS.md say what assets/ holds: reports of eval.py, losses of training logs."""
 
 import json
 import math
