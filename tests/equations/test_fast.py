@@ -17,7 +17,17 @@ from torch.utils import cpp_extension
 
 from configurator import MODELS
 from kit import fast
-from kit.fast import LOSS_ROWS, head_loss, next_token_loss, prepare_decoding, round_weights, score_tokens
+from kit.fast import (
+    LOSS_ROWS,
+    MOST_ROWS,
+    TURNED_ROWS,
+    head_loss,
+    next_token_loss,
+    prepare_decoding,
+    round_weights,
+    row_linear,
+    score_tokens,
+)
 from pythia_base import PythiaConfig, rotate
 
 # ------------------------------------------------------------------------------------------- the loss without logits
@@ -111,6 +121,15 @@ def test_a_product_with_a_few_rows(kernels: Any, shape: tuple[int, int, int], dt
     x, W, b = torch.randn(1, M, K), torch.randn(N, K + 3).to(dtype)[:, 3:], torch.randn(N)
     expected = x.double() @ W.double().T + b
     torch.testing.assert_close(kernels.linear(x, W, b).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1, TURNED_ROWS, TURNED_ROWS + 1])
+@torch.no_grad()
+def test_a_product_with_any_number_of_rows(kernels: Any, rows: int, with_bias: bool) -> None:
+    """In any of its forms it is F.linear, of a part of a wider x and of a wider matrix."""
+    x, W, b = torch.randn(rows, 1, 70)[..., 3:], torch.randn(33, 70)[:, 3:], torch.randn(33) if with_bias else None
+    torch.testing.assert_close(row_linear(x, W, b), F.linear(x, W, b), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
