@@ -112,8 +112,9 @@ class LatentAttention(Attention):
         c_kv = self.W_DKV(x)  # (B, T, L)
         if cache is not None:
             c_kv = cache.append(c_kv, start)  # (B, P, L)
-        decodes = cache is not None and self.absorbing_is_cheaper(x.size(1))
-        return self.W_O(merge_heads(self.absorbed(q, c_kv) if decodes else self.expanded(q, c_kv)))
+        can_absorb = cache is not None and not self.config.rotary_size  # RoPE turns between W_Q and W_UK
+        absorbs = can_absorb and self.absorbing_is_cheaper(x.size(1))
+        return self.W_O(merge_heads(self.absorbed(q, c_kv) if absorbs else self.expanded(q, c_kv)))
 
     def expanded(self, q: Tensor, c_kv: Tensor) -> Tensor:
         """Rebuild every key and value: k = c_kv W_UK, v = c_kv W_UV. q (B, H, T, D), c_kv (B, P, L) -> (B, H, T, D)."""
@@ -141,9 +142,9 @@ class LatentAttention(Attention):
         return out_latent @ W_UV.transpose(1, 2)
 
     def absorbing_is_cheaper(self, T: int) -> bool:
-        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D); RoPE forbids it."""
+        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D)."""
         L, D = self.config.kv_dim, self.config.head_size
-        return not self.config.rotary_size and T * (L - D) < L * D
+        return T * (L - D) < L * D
 
 
 def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
@@ -177,6 +178,9 @@ class MLAPythiaModel(PythiaModel):
 
         [W_K; W_V] = U S V^T  ~  [W_UK; W_UV] W_DKV,   [W_UK; W_UV] = U sqrt(S), W_DKV = sqrt(S) V^T, L columns of each.
         """
+        mine, theirs = self.config.rotary_size, source.config.rotary_size
+        if self.config.use_rope and mine != theirs:
+            raise ValueError(f"use_rope turns {mine} dimensions of a head, the source {theirs}")
         L, converted = self.config.kv_dim, dict[str, Tensor]()
         for layer in range(self.config.num_layers):
             prefix = f"layers.{layer}.attention"

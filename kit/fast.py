@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOSS_ROWS = 256  # rows of logits that exist at a time in loss and scores, 51 MB in float32
-GPU_LOSS_ROWS = 4096  # fewer leave a GPU idle between kernels
+GPU_LOSS_ROWS = 4096  # fewer leave a GPU idle between kernels; 824 MB in float32
 LOSS_COLUMNS = 8192  # rows of the head's gradient that a chunk is added to at a time, 16 MB that malloc keeps at hand
 
 
@@ -44,8 +44,8 @@ class HeadLoss(torch.autograd.Function):
         dh, W = torch.empty_like(h), weight.to(h.dtype)
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # of a frozen W, none
         total = torch.zeros((), device=h.device)
-        # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
         chunk = loss_rows(h)
+        # on a CPU, memory that is new costs more than what is done with it: one chunk's is used for all
         product = h.new_empty(min(len(h), chunk), len(weight))
         wide = None if h.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
         for rows, y, keep, out in zip(*(x.split(chunk) for x in (h, targets, kept, dh)), strict=True):
@@ -98,7 +98,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- decoding on a CPU, by kit/decode.cpp
 MOST_ROWS = 8  # up to which it takes longer to read W than to multiply with it
-TURNED_ROWS = 32  # up to which (W x^T)^T is faster than x W^T, by a quarter to a half
+TURNED_ROWS = 32  # up to which (W x^T)^T is faster than x W^T, by a quarter to a half (AVX2, 2 cores)
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ["-O3", "-march=native", "-ffast-math", "-std=c++20", "-fPIC", "-Wno-psabi"]
 kernels: Any = None  # what SOURCE defines, once it is loaded
@@ -164,7 +164,7 @@ def has_kernels(x: Tensor) -> bool:
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; where x has few rows, by a kernel that reads W, or its rounded form, as fast as memory gives it.
 
-    A few more are multiplied the other way round.
+    A few more as (W x^T)^T, for which the BLAS has the faster kernel.
     """
     rows = x.numel() // x.size(-1)
     if rows > TURNED_ROWS or not has_kernels(x):

@@ -48,7 +48,7 @@ from train import LMSettings, make_optimizers, pick_dtype
 QUICK_DIVISOR = 4  # of the models' widths, as in config/laptop.py
 STEPS = ((1, 256), (1, 8192), (1, 32768), (8, 2048), (8, 8192))  # rows and tokens in the cache
 BUDGET, ROWS = 2**30, (1, 8, 32, 128)  # bytes for weights and caches; rows that are decoded together if they fit
-GPU_BUDGET, GPU_ROWS = 2**33, (*ROWS, 512, 2048)
+GPU_BUDGET, GPU_ROWS = 2**33, (*ROWS, 512, 2048)  # on a GPU, in bfloat16
 CONTEXT_TOKENS, PLAIN_SHARE = 500_000, 50  # of the fast recurrence; the plain one takes so much less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUSY = 1.25  # how far speeds of the machine before and after a table may be apart
@@ -91,9 +91,9 @@ def speeds(device: torch.device) -> dict[str, float]:
     n = 8192 if device.type == "cuda" else 1024
     numbers, square = torch.ones(2**26, device=device), torch.randn(n, n, device=device)
     best = {"read": numbers.nbytes / min(seconds_of(numbers.sum, device) for _ in range(5))}
-    for name, dtype in training_dtypes(device).items():
-        factor = square.to(dtype)
-        best[name] = 2 * n**3 / min(seconds_of(lambda x=factor: x @ x, device) for _ in range(5))  # type: ignore[misc]
+    for name, dtype in (training_dtypes(device) if device.type == "cpu" else DTYPES).items():
+        work = partial(torch.mm, square.to(dtype), square.to(dtype))
+        best[name] = 2 * n**3 / min(seconds_of(work, device) for _ in range(5))
     return best
 
 
@@ -301,7 +301,7 @@ def peer(module: str, package: str, path: str) -> Any:
 def bench_steps(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
     """One decoding step of every model at the end of its cache; the baseline is the ordinary K/V cache."""
     for dtype_name, dtype in DTYPES.items():
-        rounded, computed = dtype == torch.bfloat16, dtype if device.type == "cuda" else torch.float32
+        rounded, computed = dtype == torch.bfloat16, torch.float32 if device.type == "cpu" else dtype
         models = {n: decoding_model(n, settings, device, rounded=rounded) for n in settings.models.split(",")}
         for batch_size, length in STEPS[::3] if settings.quick else STEPS:
             contenders = {}

@@ -85,7 +85,7 @@ class CompareSettings:
     rows: str | None = None  # which runs, separated by commas: pythia,infini_long; None: the architectures
     seed: NonNegativeInt = TrainSettings.seed  # of all runs; another than this one is in the names of the folders
     max_iters: PositiveInt | None = None  # steps of every language model, also in the names; None: what its configs say
-    processes: PositiveInt | None = None  # trainings at a time; None: two that share the cores, on a GPU one for each
+    processes: PositiveInt | None = None  # trainings at a time; None: two, on a GPU one a core, at full size one
 
 
 def plan(settings: CompareSettings) -> tuple[Runs, Path]:
@@ -156,7 +156,7 @@ def main() -> None:
     if not Path("data/mini/meta.json").exists():
         prepare(PrepSettings())  # once, not by two trainings at a time
     make_folder(folder)
-    on_gpu = 1 if settings.size == "full" else os.cpu_count() or 1  # small steps keep a core busy, not a GPU
+    on_gpu = 1 if settings.size == "full" else os.cpu_count() or 1  # a small step leaves a GPU idle, not its core
     processes = settings.processes or (on_gpu if torch.cuda.is_available() else 2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being killed is like Ctrl-C
     finished = train_all(runs, processes, folder)

@@ -20,7 +20,7 @@ from tools.compare import CompareSettings
 from tools.export import ExportSettings
 from train import PHASES
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "train.py": partial(parse_train, phases=PHASES),
     "prep.py": partial(parse_settings, PrepSettings),

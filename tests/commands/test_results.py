@@ -61,7 +61,7 @@ def losses(prefix: str = "", ending: str = "") -> dict[str, dict[int, dict[str, 
 
 def higher(found: dict[str, dict[int, dict[str, float]]], name: str, step: str) -> list[float]:
     """How much higher a run's PPL is than the baseline's with the same seed, for each seed that both have."""
-    seeds = sorted(seed for seed, of in found[name].items() if step in of)
+    seeds = sorted(seed for seed, of in found[name].items() if step in of and step in found["pythia"].get(seed, {}))
     return [math.expm1(found[name][seed][step] - found["pythia"][seed][step]) for seed in seeds]
 
 

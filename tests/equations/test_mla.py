@@ -110,6 +110,11 @@ def test_conversion_is_the_best_approximation_of_its_rank(kv_dim: int) -> None:
         torch.testing.assert_close(up.norm(), down.norm())  # sqrt(S) each
 
 
+def test_a_baseline_that_turns_otherwise_is_no_source() -> None:
+    with pytest.raises(ValueError, match="use_rope turns 2 dimensions of a head, the source 4"):
+        make_model(use_rope=True).start_from(make_baseline(rotary_pct=0.5))
+
+
 @pytest.mark.parametrize("use_rope", [False, True])
 @torch.no_grad()
 def test_a_baseline_with_the_same_positions_converts_exactly(use_rope: bool) -> None:
