@@ -178,9 +178,9 @@ class MLAPythiaModel(PythiaModel):
 
         [W_K; W_V] = U S V^T  ~  [W_UK; W_UV] W_DKV,   [W_UK; W_UV] = U sqrt(S), W_DKV = sqrt(S) V^T, L columns of each.
         """
-        mine, theirs = self.config.rotary_size, source.config.rotary_size
+        mine, theirs = ((c.rotary_size, c.rotary_base) for c in (self.config, source.config))
         if self.config.use_rope and mine != theirs:
-            raise ValueError(f"use_rope turns {mine} dimensions of a head, the source {theirs}")
+            raise ValueError(f"use_rope turns {mine} (dimensions, base), the source {theirs}")
         L, converted = self.config.kv_dim, dict[str, Tensor]()
         for layer in range(self.config.num_layers):
             prefix = f"layers.{layer}.attention"

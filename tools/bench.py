@@ -152,9 +152,9 @@ def decoding_model(name: str, settings: BenchSettings, device: torch.device, *, 
     """A model as it decodes: on a CPU by the kernels, weights float32 or rounded to bfloat16; else in that dtype."""
     model = seeded_model(name, settings).to(device).eval()
     prepare_decoding(model)
-    if rounded and device.type == "cpu":
-        round_weights(model)
-    return model.bfloat16() if rounded and device.type != "cpu" else model
+    if rounded:
+        round_weights(model) if device.type == "cpu" else model.bfloat16()
+    return model
 
 
 def transformers_model(settings: BenchSettings) -> Any:

@@ -90,8 +90,8 @@ def test_what_the_file_shows_of_itself(capsys: pytest.CaptureFixture[str]) -> No
 # ----------------------------------------------------------------------------------------- conversion of a baseline
 
 
-def make_baseline(rotary_pct: float = 0.25) -> Any:
-    return randomise(PythiaModel(PythiaConfig(**SMALL, rotary_pct=rotary_pct)))
+def make_baseline(**changed: Any) -> Any:
+    return randomise(PythiaModel(PythiaConfig(**SMALL, **changed)))
 
 
 @pytest.mark.parametrize("kv_dim", [32, 20, 4])
@@ -110,9 +110,10 @@ def test_conversion_is_the_best_approximation_of_its_rank(kv_dim: int) -> None:
         torch.testing.assert_close(up.norm(), down.norm())  # sqrt(S) each
 
 
-def test_a_baseline_that_turns_otherwise_is_no_source() -> None:
-    with pytest.raises(ValueError, match="use_rope turns 2 dimensions of a head, the source 4"):
-        make_model(use_rope=True).start_from(make_baseline(rotary_pct=0.5))
+@pytest.mark.parametrize(("changed", "theirs"), [({"rotary_pct": 0.5}, "4, 10000"), ({"rotary_base": 5.0}, "2, 5")])
+def test_a_baseline_that_turns_otherwise_is_no_source(changed: dict[str, float], theirs: str) -> None:
+    with pytest.raises(ValueError, match=rf"use_rope turns \(2, 10000.0\).*the source \({theirs}"):
+        make_model(use_rope=True).start_from(make_baseline(**changed))
 
 
 @pytest.mark.parametrize("use_rope", [False, True])
