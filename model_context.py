@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pythia_base
-from kit.fast import attend, has_kernels, row_linear
+from kit.fast import attend, context_recurrence, has_kernels, row_linear
 from kit.show import say, show, text_ids
 from kit.weights import fused_parts
 from pythia_base import Attention, Cache, PythiaConfig, PythiaModel, merge_heads, rotate, split_heads
@@ -156,6 +156,8 @@ class ContextBlock(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):  # rounding would add up from token to token
             halves = self.token_half(embeddings)
             c = halves.new_zeros(halves.size(0), self.context_dim) if c is None else c.to(halves.dtype)
+            if len(self.linears) == 1 and has_kernels(halves):  # the fast form
+                return context_recurrence(halves, c, self.linears[0].weight[:, : self.context_dim], self.norms[0])
             contexts = []
             for half in halves.unbind(dim=1):
                 c = self.step(c, half)

@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.fast import attend, has_kernels, head_loss, rotate_row, row_linear
+from kit.fast import attend, gelu, has_kernels, head_loss, rotate_row, row_linear
 from kit.show import show
 from kit.weights import read_gpt_neox, require_known_source, take_over, write_gpt_neox, write_variant
 
@@ -189,7 +189,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(gelu(self.dense_h_to_4h(x)))
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 // What decoding on a CPU spends its time in: products of a matrix with a few rows, one token's attention to many
-// positions, RoPE. A weight, a key or a value is read once, in float32 or bfloat16; the arithmetic is float32.
+// positions, RoPE, GELU, the recurrence of a ContextBlock. A weight, a key or a value is read once, in float32 or
+// bfloat16; the arithmetic is float32.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -276,14 +277,56 @@ static Tensor rotate(Tensor x, Tensor positions, Tensor frequencies) {
     return y;
 }
 
+static float gelu(float x) { return 0.5f * x * (1 + std::erf(x * float(M_SQRT1_2))); }
+
+// of so few numbers that no other thread is worth waking
+static Tensor gelu_few(Tensor x) {
+    Tensor y = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
+    auto in = (const float *)x.data_ptr();
+    float *__restrict out = (float *)y.data_ptr();
+    int64_t n = x.numel();
+    for (int64_t i = 0; i < n; i++) out[i] = gelu(in[i]);
+    return y;
+}
+
+// c_t = LayerNorm(c_{t-1} + GELU(W c_{t-1} + half_t)), row by row: halves (B, T, E), c (B, E), W (E, E) -> (B, T, E)
+static Tensor recurrence(Tensor halves, Tensor c, Tensor W, Tensor scale, Tensor shift, double eps) {
+    int64_t B = halves.size(0), T = halves.size(1), E = halves.size(2), stride = W.stride(0);
+    Tensor contexts = torch::stable::new_empty(halves, {B, T, E});
+    auto in = (const float *)halves.data_ptr(), first = (const float *)c.data_ptr(), w = (const float *)W.data_ptr();
+    auto gamma = (const float *)scale.data_ptr(), beta = (const float *)shift.data_ptr();
+    auto out = (float *)contexts.data_ptr();
+    torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; b++) {
+            const float *before = first + b * E;
+            for (int64_t t = 0; t < T; t++) {
+                const float *half = in + (b * T + t) * E;
+                float *__restrict now = out + (b * T + t) * E, mean = 0, variance = 0;
+                for (int64_t e = 0; e < E; e++) dot<1>(before, w + e * stride, E, now + e);
+                for (int64_t e = 0; e < E; e++) now[e] = before[e] + gelu(now[e] + half[e]);
+                for (int64_t e = 0; e < E; e++) mean += now[e] / E;
+                for (int64_t e = 0; e < E; e++) variance += (now[e] - mean) * (now[e] - mean) / E;
+                float scale = 1 / std::sqrt(variance + float(eps));
+                for (int64_t e = 0; e < E; e++) now[e] = (now[e] - mean) * scale * gamma[e] + beta[e];
+                before = now;
+            }
+        }
+    });
+    return contexts;
+}
+
 STABLE_TORCH_LIBRARY(decode, m) {
     m.def("linear(Tensor x, Tensor W, Tensor? b) -> Tensor");
     m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias) -> Tensor");
     m.def("rotate(Tensor x, Tensor positions, Tensor frequencies) -> Tensor");
+    m.def("gelu(Tensor x) -> Tensor");
+    m.def("recurrence(Tensor halves, Tensor c, Tensor W, Tensor scale, Tensor shift, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(decode, CPU, m) {
     m.impl("linear", TORCH_BOX(&linear));
     m.impl("attend", TORCH_BOX(&attend));
     m.impl("rotate", TORCH_BOX(&rotate));
+    m.impl("gelu", TORCH_BOX(&gelu_few));
+    m.impl("recurrence", TORCH_BOX(&recurrence));
 }

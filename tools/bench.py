@@ -231,7 +231,7 @@ def bench_prefill(settings: BenchSettings, device: torch.device) -> Iterator[dic
             theirs = theirs.to(device, dtype)
             contenders["transformers"] = Contender(partial(theirs, idx, use_cache=True, logits_to_keep=1), idx.numel())
         for model_name in settings.models.split(","):
-            model = seeded_model(model_name, settings).to(device, dtype).eval()
+            model = decoding_model(model_name, settings, device, rounded=False).to(dtype)
             work = partial(prefill, model)
             contenders[model_name] = Contender(work, idx.numel(), operations=operations_of(work), dtype=dtype)
         yield compare(f"prompt of {idx.size(1):,} tokens, {name}", contenders, settings.repeats, device)

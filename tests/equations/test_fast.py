@@ -28,6 +28,7 @@ from kit.fast import (
     row_linear,
     score_tokens,
 )
+from model_context import ContextBlock
 from pythia_base import PythiaConfig, rotate
 
 # ------------------------------------------------------------------------------------------- the loss without logits
@@ -162,6 +163,29 @@ def test_rope_of_many_rows_and_far_away(kernels: Any, monkeypatch: pytest.Monkey
     turned = rotate(x, positions, config)
     monkeypatch.setattr(fast, "kernels", None)
     torch.testing.assert_close(turned, rotate(x, positions, config), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1])
+@torch.no_grad()
+def test_gelu_of_any_number_of_rows(kernels: Any, rows: int) -> None:
+    """By a kernel or not, of a part of wider rows."""
+    x = 3 * torch.randn(rows, 1, 2050)[..., 1:]
+    torch.testing.assert_close(fast.gelu(x).double(), x.double() * torch.special.ndtr(x.double()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@torch.no_grad()
+def test_the_recurrence_of_several_rows(kernels: Any, num_layers: int) -> None:
+    """From zero and from a state, in widths that fill no register, with a LayerNorm that scales and shifts."""
+    block, embeddings = ContextBlock(20, 13, num_layers, 1e-5, "normal", True), torch.randn(3, 40, 20)
+    for norm in block.norms:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    for c in (None, torch.randn(3, 13)):
+        contexts, state = block.recurrence(embeddings, c), torch.zeros(3, 13) if c is None else c
+        for t in range(40):
+            state = block.double()(state.double(), embeddings[:, t].double())
+            torch.testing.assert_close(contexts[:, t].double(), state, atol=1e-4, rtol=1e-4)
+        block.float()
 
 
 def test_every_model_decodes_the_same_after_prompts_of_any_length(
