@@ -15,15 +15,15 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kit.files import InputError, one_line
+from kit.files import InputError, one_line, refusing
 from kit.runs import read_checkpoint
 from kit.weights import settable
 from model_cascade import CascadeConfig, CascadeContextLLM
@@ -45,8 +45,7 @@ HELP = {"--help", "-h"}
 S = TypeVar("S")
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What a command line of train.py asks for."""
 
     settings: Any  # of the phase
@@ -115,13 +114,11 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 def read_config(path: str) -> dict[str, Any]:
     """Execute a config file and return what it assigns. Raises InputError if it is not there or does not run."""
     values: dict[str, Any] = {}
-    try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), values)
-    except FileNotFoundError:
+    if not Path(path).exists():
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
-        raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else "")) from None
-    except (Exception, SystemExit) as error:  # whatever the file's own code raises
-        raise InputError(f"{path} does not run: {type(error).__name__}: {one_line(error)}") from None
+        raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    with refusing(f"{path} does not run", errors=(Exception, SystemExit)):  # whatever the file's own code raises
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), values)
     return {k: v for k, v in values.items() if not k.startswith("__") and not isinstance(v, ModuleType)}
 
 
@@ -192,19 +189,12 @@ def print_help(usage: str, *classes: type) -> NoReturn:
     sys.exit(0)
 
 
-def build_model(name: str, model_config: Any) -> Any:
-    """A new model of the table with freshly initialised weights."""
-    return MODELS[name][1](model_config)
-
-
 def baseline_cache_bytes(model_config: Any, num_tokens: int) -> int:
     """Bytes of one row's cache in the Pythia of the same widths and depth (where a model has none: six layers)."""
-    shared = set(settable(PythiaConfig)) & set(settable(model_config))
-    values = {name: getattr(model_config, name) for name in shared}
-    if "num_heads" not in shared:
-        values |= {"num_heads": 1, "rotary_pct": 0.0}  # a cache is as large with any number of heads
+    shape = {name: getattr(model_config, name, getattr(PythiaConfig, name)) for name in ("hidden_size", "num_layers")}
+    one_head = PythiaConfig(**shape, num_heads=1, rotary_pct=0.0)  # a cache is as large with any number of heads
     with torch.device("meta"):  # nothing is allocated
-        return PythiaModel(PythiaConfig(**values)).init_cache(1, num_tokens).nbytes
+        return PythiaModel(one_head).init_cache(1, num_tokens).nbytes
 
 
 def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
@@ -212,16 +202,12 @@ def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
     path = Path(source)
     if (path / "ckpt.pt").is_file() or path.is_file():
         checkpoint = read_checkpoint(path)
-        try:
+        with refusing(f"{source} is of another version of its model"):
             config_class, model_class = MODELS[checkpoint["config"]["model"]]
             model = model_class(config_class(**checkpoint["model_args"]))
             model.load_state_dict(checkpoint["model"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{source} is of another version of its model: {one_line(error)[:200]}") from None
         return model, checkpoint
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{source} holds neither a checkpoint nor Hugging Face weights")
-    try:
+    with refusing(f"{source} is no Pythia", errors=(OSError, ValueError, KeyError)):
         return PythiaModel.from_pretrained(source), None
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(one_line(error)) from None

@@ -26,9 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from configurator import baseline_cache_bytes, load_source, parse_settings
-from kit.contexts import exact_contexts
+from kit.contexts import exact_contexts, freeze_contexts
 from kit.fast import prepare_decoding, safe_exp, score_tokens
-from kit.files import InputError, make_folder, run
+from kit.files import InputError, run
 from kit.harness import find_tasks
 from kit.recall import recall_groups
 from kit.report import AFTER_FIRST, format_comparison, format_table, write_report
@@ -96,25 +96,23 @@ def ppl(loss: np.ndarray) -> float:
 
 
 def evaluate_val(model: Any, val: TokenFile, block_size: int, batch_size: int) -> Figures:
-    """Loss, PPL and accuracy over all tokens of a file, once each; PPL by position in the window; kit/recall.py's.
-
-    document_losses is an array, each document's sum, for compare_documents.
-    """
-    starts = range(0, len(val.tokens) - 1, block_size)
+    """Loss, PPL and accuracy over all tokens of a file, once each; PPL by position in the window; kit/recall.py's."""
+    count = len(val.tokens) - 1
+    starts = range(0, count, block_size)
     loss, right = np.full((2, len(starts), block_size), np.nan)
     for first in tqdm(range(0, len(starts), batch_size), desc="validation", leave=False, mininterval=1):
         rows = slice(first, first + batch_size)
         idx, targets = padded([val.tokens[s : s + block_size + 1] for s in starts[rows]])
         loss[rows, : idx.size(1)], right[rows, : idx.size(1)] = score(model, idx, targets)
-    edges = [edge for edge in POSITION_EDGES if edge < min(block_size, len(val.tokens) - 1)]
+    edges = [edge for edge in POSITION_EDGES if edge < min(block_size, count)]
     groups = {name: loss.ravel()[places] for name, places in recall_groups(val, block_size).items() if len(places)}
     begins = val.doc_index["start"]
     return {
-        "document_losses": np.add.reduceat(loss.ravel()[: len(val.tokens) - 1], begins[begins < len(val.tokens) - 1]),
+        "document_losses": np.add.reduceat(loss.ravel()[:count], begins[begins < count]),  # sums, an array
         "val_loss": np.nanmean(loss),
         "val_ppl": ppl(loss),
         "val_accuracy": np.nanmean(right),
-        "val_tokens": len(val.tokens) - 1,
+        "val_tokens": count,
         "position_ppl": {f"{a}-{b}": ppl(loss[:, a:b]) for a, b in itertools.pairwise([*edges, block_size])},
         "recall_loss": {name: losses.mean() for name, losses in groups.items()},
         "recall_ppl": {name: ppl(losses) for name, losses in groups.items()},
@@ -150,7 +148,7 @@ def evaluate_long(model: Any, data: TokenFile, block_size: int, batch_size: int)
     for first in range(0, len(documents), batch_size):
         rows = slice(first, first + batch_size)
         batch = [each.split(block_size, dim=1) for each in padded(documents[rows], block_size)]
-        memory = {"memory": model.init_memory(len(batch[0][0]))} if has_memory else {}
+        memory = {"cache": model.init_memory(len(batch[0][0]))} if has_memory else {}
         for w, (idx, targets) in enumerate(zip(*batch, strict=True)):
             for losses, carried in zip(loss, (memory, {}), strict=False):
                 losses[rows, w] = score(model, idx, targets, **carried)[0]
@@ -255,9 +253,8 @@ def count_parameters(model: Any) -> dict[str, int]:
 
 
 def evaluate_model(
-    model: Any, val: TokenFile, tokenizer: Tokenizer, block_size: int, batch_size: int, trained: list[dict[str, Any]],
-    tasks: Sequence[str] = RUN_TASKS,
-) -> Figures:  # fmt: skip
+    model: Any, val: TokenFile, block_size: int, batch_size: int, trained: list[Any], tasks: Sequence[str] = RUN_TASKS
+) -> Figures:
     """The figures of these tasks, of a model on its device; trained: how phase 1 trained its ContextBlocks."""
     model.eval()
     figures: Figures = count_parameters(model)
@@ -265,6 +262,7 @@ def evaluate_model(
         figures |= evaluate_val(model, val, block_size, batch_size)
         figures |= evaluate_contexts(model, val.tokens, trained) if hasattr(model, "context_blocks") else {}
     if "reversal" in tasks:
+        tokenizer = load_tokenizer(val.meta["tokenizer"], val.path.parents[1])
         figures |= evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), model.head_weight.device)
     if "long" in tasks:
         figures |= evaluate_long(model, val, block_size, batch_size)
@@ -295,7 +293,7 @@ def open_runs(settings: EvalSettings, sources: list[str]) -> tuple[list[Run], To
         if block_size > (limit := model.config.max_position_embeddings):
             raise InputError(f"block_size={block_size} is above {source}'s limit of {limit}")
         if phase == "phase2":
-            model.freeze_for_phase2()  # what is counted as trainable is what was trained
+            freeze_contexts(model)  # what is counted as trainable is what was trained
     return runs, val, block_size
 
 
@@ -330,21 +328,21 @@ def main() -> None:
     device = pick_device(settings.device)
     runs, val, block_size = open_runs(settings, sources)
     harness = find_tasks([task for task in tasks if task not in TASKS], TASKS, settings.include_path)
-    make_folder(out_dir := Path(settings.out_dir))
+    (out_dir := Path(settings.out_dir)).mkdir(parents=True, exist_ok=True)
     lengths = np.diff(document_bounds(val)).ravel()
-    tokenizer, rows = load_tokenizer(val.meta["tokenizer"], settings.data_dir), []
+    rows: list[Figures] = []
     scored: list[tuple[Any, str, np.ndarray]] = []  # seed, run, its loss on each document
     for source, model, checkpoint in runs:
         print(f"scoring {source} on {val.path.parent} in windows of {block_size}", file=sys.stderr)
         trained = checkpoint["context_blocks"] if checkpoint else []
         row = about(source, model, checkpoint)
-        row |= evaluate_model(model.to(device), val, tokenizer, block_size, settings.batch_size, trained, tasks)
+        row |= evaluate_model(model.to(device), val, block_size, settings.batch_size, trained, tasks)
         if (losses := row.pop("document_losses", None)) is not None:
             of_this_seed = [each for each in scored if each[0] == row.get("seed")]
             for _, other, theirs in [*of_this_seed, *scored][:1]:
                 row["against"] = {"run": other, **compare_documents(losses, theirs, lengths)}
             scored.append((row.get("seed"), source, losses))
-        row |= harness.score(model, tokenizer.name, settings.data_dir, block_size, settings.batch_size)
+        row |= harness.score(model, val.meta["tokenizer"], settings.data_dir, block_size, settings.batch_size)
         rows.append(row)
     results = {"block_size": block_size, "data": str(val.path.parent), "runs": rows}
     print(format_comparison(results), flush=True)  # first: the disk may be full

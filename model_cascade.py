@@ -95,9 +95,8 @@ class CascadeContextLLM(LanguageModel):
         self.embed_in = nn.Embedding(V, C)
         nn.init.normal_(self.embed_in.weight, std=small_init_std(C))
         self.embed_in.requires_grad_(not config.freeze_embedding)
-        shape = C, config.context_dim, config.num_layers_per_block, config.layer_norm_eps
-        blocks = [ContextBlock(*shape, "normal", True) for _ in range(config.num_context_blocks)]
-        self.context_blocks: Any = nn.ModuleList(blocks)
+        how: Any = C, config.context_dim, config.num_layers_per_block, config.layer_norm_eps, "normal", True
+        self.context_blocks: Any = nn.ModuleList(ContextBlock(*how) for _ in range(config.num_context_blocks))
         self.token_block = TokenBlock(config)
         if not config.freeze_embedding:
             self.embed_token = nn.Embedding.from_pretrained(self.embed_in.weight.detach().clone(), freeze=False)
@@ -124,7 +123,7 @@ class CascadeContextLLM(LanguageModel):
         """Token ids (B, T) -> (B, T, C); contexts (B, T, N E) of these positions, if they are known already."""
         start = 0 if cache is None else cache.extend(idx.size(1))
         if contexts is None:
-            contexts = self.recurrences(idx, None if cache is None else cache.layers[0].state(start))
+            contexts = self.recurrences(idx, None if cache is None else cache.layers[0].read(start - 1))
         if cache is not None:
             cache.layers[0].write(contexts, start)
         return self.token_block(contexts, F.embedding(idx, self.token_weight))
@@ -133,11 +132,6 @@ class CascadeContextLLM(LanguageModel):
         """The contexts of the last position: as many numbers for any max_len."""
         width = self.config.num_context_blocks * self.config.context_dim
         return Cache([ContextCache(batch_size, 1, width, like=self.embed_in.weight)], max_len)
-
-    def freeze_for_phase2(self) -> None:
-        """Phase 2 trains all but what the cached contexts were computed with."""
-        self.context_blocks.requires_grad_(False)
-        self.embed_in.requires_grad_(False)
 
     def start_from(self, source: Any) -> dict[str, str]:
         """As LanguageModel's; the copy of the table that phase 2 trains starts as the table, unless it was trained."""

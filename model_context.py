@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pythia_base
-from kit.fast import attend, context_recurrence, has_kernels, row_linear
+from kit.fast import attend_latents, context_recurrence, has_kernels, row_linear
 from kit.show import say, show, text_ids
 from kit.weights import fused_parts
 from pythia_base import Attention, Cache, PythiaConfig, PythiaModel, merge_heads, rotate, split_heads
@@ -205,18 +205,9 @@ def first_contexts(num_tokens: int, context_dim: int) -> Tensor:
 
 
 def oacd_iteration(
-    block: ContextBlock,
-    table: Tensor,
-    tokens: Tensor,
-    contexts: Tensor,
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    batch_size: int,
-    context_noise: float,
-    centroid_weight: float,
-    gradient_clip: float,
-    convergence_threshold: float,
-) -> tuple[float, float]:
+    block: ContextBlock, table: Tensor, tokens: Tensor, contexts: Tensor, optimizer: torch.optim.Optimizer | None, *,
+    batch_size: int, context_noise: float, centroid_weight: float, gradient_clip: float, convergence_threshold: float,
+) -> tuple[float, float]:  # fmt: skip
     """One pass over all N tokens in parallel, one step of the optimizer if there is one -> loss, convergence rate.
 
     tokens (N,) and contexts (N, E), the last iteration's, then this one's, stay on the CPU and visit the device of the
@@ -272,13 +263,9 @@ class ContextCache:
     def __init__(self, batch_size: int, num_positions: int, context_dim: int, like: Tensor) -> None:
         self.contexts = like.new_zeros(batch_size, num_positions, context_dim)
 
-    def read(self, positions: Tensor) -> Tensor:
+    def read(self, positions: Tensor | int) -> Tensor:
         """The contexts (B, ..., E) of positions (...); what was never written, position -1 above all, is zero."""
         return self.contexts[:, positions % self.contexts.size(1)]
-
-    def state(self, start: int) -> Tensor:
-        """c_{start - 1}, (B, E), from which the recurrence goes on; a number as index would compile each step."""
-        return self.read(torch.arange(start - 1, start, device=self.contexts.device))[:, 0]
 
     def write(self, contexts: Tensor, start: int) -> None:
         """Store contexts (B, T, E) of the positions from start on, as many of the last as there is room for."""
@@ -325,18 +312,11 @@ class ContextModel(PythiaModel):
         past = next((entry for entry in own if isinstance(entry, ContextCache)), None)
         embeddings = self.embed_in(idx)
         if contexts is None:
-            contexts = self.context_block.recurrence(
-                embeddings, None if past is None else past.state(start).to(embeddings.dtype)
-            )
+            contexts = self.context_block.recurrence(embeddings, None if past is None else past.read(start - 1))
         h, attended = self.prepare(embeddings, contexts, start, past)
         for block, entry in zip(self.layers, own, strict=True):
             h = block(h, start, attended if isinstance(block.attention, ContextAttention) else entry)
         return self.final_layer_norm(h)
-
-    def freeze_for_phase2(self) -> None:
-        """Phase 2 trains all but what the cached contexts were computed with."""
-        self.context_block.requires_grad_(False)
-        self.embed_in.requires_grad_(False)
 
     def convert(self, source: PythiaModel) -> dict[str, Tensor]:
         """A baseline's queries and output projections; keys and values have nothing there to start from."""
@@ -355,10 +335,9 @@ class CausalContextAttention(ContextAttention):
 
     def forward(self, x: Tensor, start: int, contexts: Tensor) -> Tensor:
         """x (B, T, C) of the last T of the P positions whose contexts (B, P, E) are given -> (B, T, C)."""
-        T, P = x.size(1), contexts.size(1)
-        positions = torch.arange(P - T, P, device=x.device)
+        positions = torch.arange(start, start + x.size(1), device=x.device)
         q = rotate(split_heads(self.W_Q(x), self.config.num_heads), positions, self.config)  # (B, H, T, D)
-        form = self.absorbed if T < P and self.absorbing_is_cheaper(T) else self.expanded
+        form = self.absorbed if x.size(1) == 1 else self.expanded
         return self.dense(merge_heads(form(q, contexts)))
 
     def expanded(self, q: Tensor, contexts: Tensor) -> Tensor:
@@ -368,8 +347,8 @@ class CausalContextAttention(ContextAttention):
         return pythia_base.causal_attention(q, rotate(k, torch.arange(k.size(2), device=k.device), self.config), v)
 
     def absorbed(self, q: Tensor, contexts: Tensor) -> Tensor:
-        """The same: where RoPE does not turn, q k^T = (q W_K^T) c^T, so that R of D dimensions of keys are rebuilt."""
-        (B, H, T, D), P, R = q.shape, contexts.size(1), self.config.rotary_size
+        """The same of one token: where RoPE does not turn, q k^T = (q W_K^T) c^T; of a key R dimensions are rebuilt."""
+        (_, H, _, D), P, R = q.shape, contexts.size(1), self.config.rotary_size
         W_K, W_V = self.W_K.weight.view(H, D, -1), self.W_V.weight.view(H, D, -1)  # (H, D, E)
         q, W_turned, turned = q / math.sqrt(D), W_K[:, :R].flatten(0, 1), []  # W_turned (H R, E)
         for begin in range(0, P, REBUILT_KEYS):
@@ -377,21 +356,8 @@ class CausalContextAttention(ContextAttention):
             k = split_heads(F.linear(c, W_turned), H)  # (B, H, REBUILT_KEYS, R)
             k = rotate(k, torch.arange(begin, begin + c.size(1), device=k.device), self.config)
             turned.append(q[..., :R] @ k.transpose(2, 3))
-        scores, q_latent = torch.cat(turned, dim=-1), q[..., R:] @ W_K[:, R:]  # (B, H, T, P), (B, H, T, E)
-        if T == 1 and has_kernels(q):  # the fast form: one key, which is the value too, for all heads
-            out_latent = attend(q_latent, contexts[:, None], contexts[:, None], 1.0, bias=scores[:, :, 0])
-        else:
-            contexts = contexts.to(q.dtype)
-            scores = scores + (q_latent.flatten(1, 2) @ contexts.transpose(1, 2)).view(B, H, T, P)
-            future = torch.ones(T, P, dtype=torch.bool, device=q.device).triu(P - T + 1)
-            weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
-            out_latent = (weights.flatten(1, 2) @ contexts).view(B, H, T, -1)  # (B, H, T, E)
+        out_latent = attend_latents(q[..., R:] @ W_K[:, R:], contexts, torch.cat(turned, dim=-1))  # (B, H, 1, E)
         return out_latent @ W_V.transpose(1, 2)
-
-    def absorbing_is_cheaper(self, T: int) -> bool:
-        """Per layer, absorbing costs P E (H R) + T P H (2 E) products, expanding P E (2 H D) + T P H (2 D)."""
-        E, D, R = self.config.context_dim, self.config.head_size, self.config.rotary_size
-        return 2 * T * (E - D) < E * (2 * D - R)
 
 
 class ContextPythiaModel(ContextModel):

@@ -247,12 +247,8 @@ class InfiniPythiaModel(PythiaModel):
         return InfiniAttention(self.config) if layer == 0 else super().make_attention(layer)
 
     def init_memory(self, batch_size: int) -> CarriedMemory:
-        """An empty memory for batch_size documents that are fed window by window, model(idx, memory=memory)."""
+        """An empty memory for batch_size documents that are fed window by window, model(idx, cache=memory)."""
         return CarriedMemory(batch_size, self.config, like=self.embed_in.weight)
-
-    def hidden_states(self, idx: Tensor, cache: Cache | None = None, memory: CarriedMemory | None = None) -> Tensor:
-        """As PythiaModel's; with a memory instead of a cache, idx is the next window of each row's document."""
-        return super().hidden_states(idx, cache if memory is None else memory)
 
     def convert(self, source: PythiaModel) -> dict[str, Tensor]:
         """Layer 0's projections are the baseline's; phi takes the place of RoPE and softmax."""

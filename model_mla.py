@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pythia_base
-from kit.fast import attend, has_kernels
+from kit.fast import attend_latents
 from kit.show import largest, say, show, text_ids
 from kit.weights import bias_free_attention
 from pythia_base import Attention, PythiaConfig, PythiaModel, merge_heads, reference_rope, rotate, split_heads
@@ -112,8 +112,7 @@ class LatentAttention(Attention):
         c_kv = self.W_DKV(x)  # (B, T, L)
         if cache is not None:
             c_kv = cache.append(c_kv, start)  # (B, P, L)
-        can_absorb = cache is not None and not self.config.rotary_size  # RoPE turns between W_Q and W_UK
-        absorbs = can_absorb and self.absorbing_is_cheaper(x.size(1))
+        absorbs = x.size(1) == 1 and not self.config.rotary_size  # RoPE turns between W_Q and W_UK
         return self.W_O(merge_heads(self.absorbed(q, c_kv) if absorbs else self.expanded(q, c_kv)))
 
     def expanded(self, q: Tensor, c_kv: Tensor) -> Tensor:
@@ -126,25 +125,12 @@ class LatentAttention(Attention):
 
     def absorbed(self, q: Tensor, c_kv: Tensor) -> Tensor:
         """The same: q k^T = (q W_UK^T) c_kv^T, queries move into the latent space and no key or value is rebuilt."""
-        B, H, T, D = q.shape
+        (B, H, T, D), P = q.shape, c_kv.size(1)
         W_UK, W_UV = (W.weight.view(H, D, -1).to(q.dtype) for W in (self.W_UK, self.W_UV))  # (H, D, L)
-        q_latent = q @ W_UK  # (B, H, T, L)
-        if T == 1 and has_kernels(q):  # the fast form
-            bias = -self.config.alibi_slope * torch.arange(c_kv.size(1) - 1, -1, -1.0)  # of key j: -m (i - j)
-            c_kv = c_kv[:, None]  # one key, which is the value too, for all heads
-            out_latent = attend(q_latent, c_kv, c_kv, 1 / math.sqrt(D), bias.expand(B, H, -1))
-        else:
-            c_kv = c_kv.to(q.dtype)
-            scores = (q_latent.flatten(1, 2) @ c_kv.transpose(1, 2)).view(B, H, T, -1) / math.sqrt(D)  # (B, H, T, P)
-            alibi = ALiBiPositionEncoding(self.config.alibi_slope)
-            weights = alibi.apply_to_scores(scores, T).softmax(dim=-1).to(c_kv.dtype)
-            out_latent = (weights.flatten(1, 2) @ c_kv).view(B, H, T, -1)  # (B, H, T, L)
+        alibi = ALiBiPositionEncoding(self.config.alibi_slope)
+        bias = alibi.apply_to_scores(q.new_zeros(T, P), T).expand(B, H, T, P)
+        out_latent = attend_latents(q @ W_UK / math.sqrt(D), c_kv, bias)  # (B, H, T, L)
         return out_latent @ W_UV.transpose(1, 2)
-
-    def absorbing_is_cheaper(self, T: int) -> bool:
-        """Per layer, absorbing costs T P H (2 L) products, expanding P L (2 H D) + T P H (2 D)."""
-        L, D = self.config.kv_dim, self.config.head_size
-        return T * (L - D) < L * D
 
 
 def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:

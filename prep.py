@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 from configurator import load_source, parse_settings
 from kit.contexts import ContextSettings, context_cache
-from kit.files import DISK_ERRORS, InputError, make_folder, run, sha256_of
+from kit.files import DISK_ERRORS, InputError, refusing, run, sha256_of
 from kit.runs import pick_device
-from kit.text import MINI, Tokenizer, get_reversal_pairs, hub_revision, load_tokenizer, mini_texts, require_whole_zst
+from kit.text import MINI, Tokenizer, get_reversal_pairs, load_tokenizer, mini_texts
 from kit.tokens import DATASETS, INDEX_DTYPE, SPLITS, load_tokens
 
 
@@ -79,10 +79,14 @@ def open_source(settings: PrepSettings, cache_dir: Path) -> Source:
     if settings.dataset == "mini":
         rows = [{"text": text, "meta": {"pile_set_name": subset}} for text, subset in mini_texts(settings.data_dir)]
         return in_hash_order(rows, settings.seed, {archive.filename: archive.sha256 for archive in MINI})
+    import huggingface_hub
+
     path, config, split, documents, read = HUB_SETS[settings.dataset]
-    revision = hub_revision(path)
-    version = {"hub": path, "config": config, "split": split, "revision": revision}
-    return Source(read(stream_hub(path, config, split, revision)), documents, version)
+    ways = "--dataset=mini or --dataset=NAME --files=GLOB do without it"
+    with refusing(f"{path} on the Hugging Face hub cannot be reached", ways):
+        revision = huggingface_hub.HfApi().dataset_info(path, timeout=10).sha  # or an error within seconds
+    version: dict[str, Any] = {"hub": path, "config": config, "split": split, "revision": revision}
+    return Source(read(stream_hub(**version)), documents, version)
 
 
 FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "parquet"}  # as `datasets` names them
@@ -91,6 +95,7 @@ FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "p
 def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
     """The matching files: a .txt or a record is a document. `datasets` maps them below cache_dir: memory stays flat."""
     import datasets
+    import pyarrow
 
     paths = matching_files(settings)
     kind, *others = {FILE_FORMATS.get(Path(path).suffix) for path in paths} or {None}
@@ -98,8 +103,10 @@ def open_files(settings: PrepSettings, cache_dir: Path) -> Source:
         raise InputError(f"--files={settings.files} has to match files of one kind: {', '.join(FILE_FORMATS)}")
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     options |= {"data_files": [glob.escape(path) for path in paths], "split": "train", "cache_dir": str(cache_dir)}
-    for path in (path for path in paths if path.endswith(".zst")):
-        require_whole_zst(path)
+    for path in (path for path in paths if path.endswith(".zst")):  # of one cut off, `datasets` takes what is there
+        with refusing(f"{path} cannot be read"), pyarrow.input_stream(path, compression="zstd") as file:
+            while file.read(2**20):
+                pass
     try:
         rows = datasets.load_dataset(kind, **options)
     except Exception as error:  # whatever the reader of the format raises
@@ -148,13 +155,11 @@ HUB_SETS: dict[str, tuple[str, str, str, int, Callable[[Iterable[Row]], Iterator
 }
 
 
-def stream_hub(path: str, config: str, split: str, revision: str | None) -> Iterator[Row]:
+def stream_hub(hub: str, config: str, split: str, revision: str | None) -> Iterator[Row]:
     import datasets
 
-    try:
-        yield from datasets.load_dataset(path, config, split=split, revision=revision, streaming=True)
-    except Exception as error:  # of several libraries
-        raise InputError(f"reading {path} from the Hugging Face hub failed: {error}") from error
+    with refusing(f"reading {hub} from the Hugging Face hub failed"):
+        yield from datasets.load_dataset(hub, config, split=split, revision=revision, streaming=True)
 
 
 # ------------------------------------------------------------------------------------------------------- text to tokens
@@ -182,10 +187,7 @@ def split_of(text: str, settings: PrepSettings) -> str:
 
 
 def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
-    """The source's documents in their order, blank ones left out. tiktoken works outside Python's lock.
-
-    Raises InputError if one for training holds a backward sentence.
-    """
+    """The documents in their order, but blank ones. Raises InputError if one for training has a backward sentence."""
     sentences = [r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()]
     backward, rows = re.compile("|".join(sentences)), (row for row in source.rows if text_of(row).strip())
     workers = settings.num_workers or os.cpu_count() or 1
@@ -198,7 +200,7 @@ def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> 
         subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
         return np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:  # tiktoken works outside Python's lock
         while ahead := list(islice(rows, 4 * workers * BATCH_DOCUMENTS)):  # no more are in memory
             batches = [ahead[i : i + BATCH_DOCUMENTS] for i in range(0, len(ahead), BATCH_DOCUMENTS)]
             yield from chain.from_iterable(pool.map(lambda batch: [encode(row) for row in batch], batches))
@@ -291,7 +293,7 @@ def prepare(settings: PrepSettings) -> Path:
     recipe = make_recipe(settings)
     folder = Path(settings.data_dir, settings.dataset + ("-gpt2" if settings.tokenizer == "gpt2" else ""))
     partial = folder.with_name(f".{folder.name}.partial")  # the set until it is complete
-    make_folder(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two at once, the second finds the first one's files
         if (folder / "meta.json").exists() and not settings.overwrite:
             old, _ = (load_tokens(folder, split).meta["recipe"] for split in SPLITS)

@@ -20,7 +20,6 @@ Letters, for the whole project:
     G memories per head
 """
 
-import cmath
 import copy
 import functools
 import math
@@ -293,14 +292,13 @@ class PythiaModel(LanguageModel):
         """Pythia's own: wang_init for the matrices that write to the residual stream, small_init for all others."""
         C, num_layers = self.config.hidden_size, self.config.num_layers
         wang_init_std = 2 / (num_layers * math.sqrt(C))  # 0.0147 at C = 512 (Wang and Komatsuzaki 2021, GPT-J)
-        outputs = [name for name, _ in self.named_modules() if name.endswith(RESIDUAL_OUTPUTS)]
-        for layer in range(num_layers):
-            if not any(name.startswith(f"layers.{layer}.attention.") for name in outputs):
-                names = " or ".join(RESIDUAL_OUTPUTS)
-                raise ValueError(f"layer {layer}: what writes to the residual stream has to be called {names}")
+        for layer, attention in enumerate(self.attentions()):
+            if not any(f".{name}".endswith(RESIDUAL_OUTPUTS) for name, _ in attention.named_modules()):
+                raise ValueError(f"layer {layer}: what writes to the residual stream has to be called dense or W_O")
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=wang_init_std if name in outputs else small_init_std(C))
+                is_output = name.endswith(RESIDUAL_OUTPUTS)
+                nn.init.normal_(module.weight, std=wang_init_std if is_output else small_init_std(C))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -332,14 +330,9 @@ def small_init_std(hidden_size: int) -> float:
 
 @torch.no_grad()
 def stream_tokens(
-    model: Any,
-    idx: Tensor,
-    cache: Cache,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None = None,
+    model: Any, idx: Tensor, cache: Cache, max_new_tokens: int, temperature: float, top_k: int | None = None,
     num_tokens: int | None = None,
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor]:  # fmt: skip
     """Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T), each as soon as it is drawn.
 
     Ids from num_tokens on, padding of the vocabulary, are never drawn.
@@ -383,7 +376,7 @@ def reference_rope(x: Tensor, position: int, config: PythiaConfig) -> Tensor:
     """One token's vector of one head, x (D,) -> (D,): each pair, as a complex number, turned by its angle."""
     R = config.rotary_size
     angles = [position / config.rotary_base ** (2 * r / R) for r in range(R // 2)]
-    turns = torch.tensor([cmath.exp(1j * angle) for angle in angles], dtype=torch.complex128)
+    turns = (1j * torch.tensor(angles, dtype=torch.float64)).exp()
     pairs = torch.complex(x[: R // 2], x[R // 2 : R]) * turns
     return torch.cat([pairs.real, pairs.imag, x[R:]])
 

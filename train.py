@@ -24,15 +24,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import Job, build_model, load_source, make, parse_train
+from configurator import MODELS, Job, load_source, make, parse_train
 from eval import evaluate_contexts, evaluate_model
-from kit.contexts import ContextSettings, context_cache, exact_contexts, window_contexts, window_error
+from kit.contexts import ContextSettings, context_cache, exact_contexts, freeze_contexts, window_contexts, window_error
 from kit.fast import safe_exp
-from kit.files import InputError, one_line, run
+from kit.files import InputError, refusing, run
 from kit.muon import Muon
 from kit.report import format_summary
 from kit.runs import RunFolder, World, git_commit, open_world, read_checkpoint, stop_signals
-from kit.text import load_tokenizer
 from kit.tokens import Documents, TokenFile, Windows, load_tokens, window_batch
 from kit.weights import model_args, read_gpt2_table
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
@@ -125,7 +124,7 @@ def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: T
     """Next-token cross entropy, to the end or to a signal, which becomes the exit status."""
     world, head, checkpoint = folder.world, folder.head, folder.checkpoint
     if s.phase == "phase2":
-        model.freeze_for_phase2()
+        freeze_contexts(model)
     batches = make_batches(s, model, data, folder)
     optimizers = make_optimizers(model, s)
     dtype = pick_dtype(s.dtype, world.device)
@@ -226,8 +225,7 @@ def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: T
 
     figures = {"steps": step, "tokens_seen": tokens_seen, "best_val_loss": best_val_loss}
     if s.final_eval and world.is_main:
-        tokenizer = load_tokenizer(val_data.meta["tokenizer"], s.data_dir)
-        figures |= evaluate_model(model, val_data, tokenizer, s.block_size, s.batch_size, head["context_blocks"])
+        figures |= evaluate_model(model, val_data, s.block_size, s.batch_size, head["context_blocks"])
         del figures["document_losses"]  # of interest beside another run's only
     world.say(format_summary(folder.finish(train_seconds, figures)))
     world.say(f"\nnext: python sample.py {folder.path}   or   python eval.py {folder.path}")
@@ -300,10 +298,8 @@ def make_optimizers(model: Any, s: LMSettings) -> dict[str, torch.optim.Optimize
     others = [p for p in trained if p not in tables | matrices]
     groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
-    if not for_muon:
-        return {"optimizer": adamw}
     hidden = [p for p in trained if p in for_muon]
-    return {"optimizer": adamw, "muon": Muon(hidden, s.learning_rate, s.weight_decay)}
+    return {"optimizer": adamw} | ({"muon": Muon(hidden, s.learning_rate, s.weight_decay)} if for_muon else {})
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -319,9 +315,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # ------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
 
 
-def train_context_blocks(
-    s: Phase1Settings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder
-) -> None:
+def train_phase1(s: Phase1Settings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder) -> None:
     """Each ContextBlock alone, without labels (OACD), to the end or to a signal, which becomes the exit status."""
     world, checkpoint = folder.world, folder.checkpoint
     if world.size > 1:
@@ -420,7 +414,7 @@ def open_run(job: Job, folder: RunFolder) -> tuple[Any, TokenFile, TokenFile] | 
         return None
 
     torch.manual_seed(s.seed)
-    model: Any = build_model(s.model, config).to(world.device)
+    model: Any = MODELS[s.model][1](config).to(world.device)  # its weights freshly initialised
     if s.phase != "lm" and not hasattr(model, "context_blocks"):
         raise InputError(f"phase={s.phase!r}: model={s.model!r} has no ContextBlock to train or to read")
     if checkpoint is not None:
@@ -465,10 +459,8 @@ def start_from(model: Any, job: Job, world: World) -> dict[str, Any]:
     if job.parent and not Path(name, "ckpt.pt").exists():
         raise InputError(f"init_from: {name} is missing; make it with: {job.parent}")
     source, checkpoint = load_source(name)
-    try:
+    with refusing(f"init_from={name} does not fit", errors=ValueError):
         became = model.start_from(source.to(world.device))
-    except ValueError as error:
-        raise InputError(f"init_from={name}: {one_line(error)}") from None
     new = [tensor for tensor, how in became.items() if how == "new"]
     if job.settings.phase == "phase2" and any(tensor.startswith("context_block") for tensor in new):
         raise InputError(f"init_from={name} holds no ContextBlock that fits this model")
@@ -493,7 +485,7 @@ def main() -> None:
     path = Path(job.settings.out_dir or Path("out", job.name))
     with open_world(job.settings.device) as world, RunFolder(path, world) as folder:
         if (opened := open_run(job, folder)) is not None:
-            train: Any = train_context_blocks if job.settings.phase == "phase1" else train_language_model
+            train: Any = train_phase1 if job.settings.phase == "phase1" else train_language_model
             train(job.settings, *opened, folder)
 
 

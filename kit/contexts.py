@@ -23,7 +23,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.files import InputError, replacing
+from kit.files import InputError, refusing, replacing
 from kit.tokens import TokenFile
 
 MAX_LANES = 128  # lanes of a chunk that advance in lockstep
@@ -144,53 +144,51 @@ def window_error(model: Any, tokens: np.ndarray, overlap: int) -> float:
 def context_cache(model: Any, file: TokenFile, settings: ContextSettings) -> np.memmap:
     """The contexts (number of tokens, E) of a token file, blocks side by side; made unless they lie beside it.
 
-    Raises InputError if a token has no embedding, or the contexts are not finite.
+    Raises InputError if they are not finite.
     """
-    if (ids := file.meta["n_vocab"]) > (rows := model.embed_in.num_embeddings):
-        raise InputError(f"{file.path} is of {ids} token ids, the model has {rows} rows")
     # all that the numbers depend on; wherever lanes are cut, they meet to the tolerance
     record: dict[str, Any] = {"weights": weights_digest(model), "tokens": file.digest}
     record |= {"overlap": settings.overlap, "tolerance": settings.tolerance}
     fingerprint = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
     record["source"] = os.path.abspath(settings.init_from)
     path = file.path.with_name(f"contexts_{fingerprint}_{file.path.stem}.bin")
-    made_from = path.with_suffix(".json")  # written when all is there
     shape = (len(file.tokens), sum(block.context_dim for block in model.context_blocks))
     with FileLock(path.with_name(".contexts.lock")):  # of two at once, the second finds the first one's file
-        if made_from.exists() and path.exists() and path.stat().st_size == 4 * shape[0] * shape[1]:
+        if path.exists() and path.stat().st_size == 4 * shape[0] * shape[1]:
             print(f"reading {path}")
         else:
             remove_stale(path, record)
+            with replacing(path.with_suffix(".json")) as out:  # first, so that half a cache can be told to be stale
+                out.write(json.dumps(record, indent=1).encode())
             print(f"building {path}", flush=True)
             build_contexts(path, model, file, settings)
-            with replacing(made_from) as out:
-                out.write(json.dumps(record, indent=1).encode())
     return np.memmap(path, dtype="<f4", mode="r", shape=shape)
+
+
+def freeze_contexts(model: Any) -> None:
+    """Phase 2 trains all but what the contexts were computed with."""
+    for module in (*model.context_blocks, model.embed_in):
+        module.requires_grad_(False)
 
 
 def weights_digest(model: Any) -> str:
     """SHA-256 of all weights that contexts are computed with."""
-    digest = hashlib.sha256(str(model.context_blocks).encode())  # sizes, epsilons, embed_norm or none
-    for module in (*model.context_blocks, model.embed_in):
-        for weight in module.state_dict().values():
-            digest.update(weight.cpu().contiguous().numpy())
+    modules = torch.nn.ModuleList([*model.context_blocks, model.embed_in])
+    digest = hashlib.sha256(str(modules).encode())  # sizes, epsilons, embed_norm or none
+    for weight in modules.state_dict().values():
+        digest.update(weight.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
 def remove_stale(path: Path, record: dict[str, Any]) -> None:
     """Remove what nothing can ask for again: contexts of this split and run made before weights or tokens changed."""
-    split = path.stem.rpartition("_")[2]
-    for old in path.parent.glob(f"contexts_*_{split}.json"):
-        try:
-            made = dict(json.loads(old.read_text()))
-        except (OSError, ValueError, TypeError):  # damaged, of whatever it was made
-            continue
-        if made.get("source") == record["source"] and any(made.get(k) != record[k] for k in ("weights", "tokens")):
+    for old in path.parent.glob(f"contexts_*_{path.stem.rpartition('_')[2]}.json"):
+        with refusing(f"{old} cannot be read", "remove it", (ValueError, KeyError, TypeError)):
+            made = {key: json.loads(old.read_text())[key] for key in record}
+        if made["source"] == record["source"] and any(made[key] != record[key] for key in ("weights", "tokens")):
             print(f"stale: {old.with_suffix('.bin')} is of other weights or tokens")
-            old.with_suffix(".bin").unlink(missing_ok=True)
-            old.unlink()
-    for partial in set(path.parent.glob(f"contexts_*_{split}.partial")) - {path.with_suffix(".partial")}:
-        partial.unlink()  # of a run that was cut off
+            for suffix in (".bin", ".partial", ".json"):
+                old.with_suffix(suffix).unlink(missing_ok=True)
 
 
 @torch.no_grad()

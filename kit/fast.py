@@ -203,3 +203,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = 
     H / G heads share a key. Keys and values, float32 or bfloat16, are read once, block by block, as in flash decoding.
     """
     return kernels.attend.default(q, k, v, scale, bias)
+
+
+def attend_latents(q: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q c^T + bias) c, (B, H, T, L): latents c (B, P, L) are key and value of all heads, bias (B, H, T, P)."""
+    if q.size(2) == 1 and has_kernels(q):
+        return attend(q, latents[:, None], latents[:, None], 1.0, bias[:, :, 0])
+    c = latents.to(q.dtype)
+    scores = (q.flatten(1, 2) @ c.transpose(1, 2)).view_as(bias) + bias  # all heads are rows of one product
+    return (scores.softmax(dim=-1).to(c.dtype).flatten(1, 2) @ c).view_as(q)

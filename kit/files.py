@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR}
-DISK_ERRORS |= {errno.ENOTDIR, errno.ENAMETOOLONG}
+DISK_ERRORS |= {errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
 
 class InputError(Exception):
@@ -21,12 +21,16 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder for results, unless it is there. Raises InputError if a file stands in its place."""
+@contextlib.contextmanager
+def refusing(what: str, hint: str = "", errors: Any = Exception) -> Iterator[None]:
+    """What other libraries raise within it becomes an InputError: what is wrong, their reason, what to do."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path} cannot be made: a file stands in the place of a folder") from None
+        yield
+    except InputError:
+        raise
+    except errors as error:
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise InputError(f"{what} ({reason})" + (f": {hint}" if hint else "")) from None
 
 
 def sha256_of(path: Path) -> str:
@@ -49,10 +53,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main: bad input, a full disk and want of memory end it with one line on stderr and status 2.
-
-    Ctrl-C ends it with 130, a reader of its output that has gone (`| head`) with 1.
-    """
+    """Run a script's main: bad input, a full disk and want of memory end it with one line on stderr and status 2."""
     try:
         main()
         sys.stdout.flush()
@@ -73,4 +74,4 @@ def run(main: Callable[[], None]) -> None:
                 print(text, end="", file=stream, flush=True)
             except OSError:  # at exit Python would stumble over it once more
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        sys.exit(2 if message else 1)
+        sys.exit(2 if message else 1)  # 1: a reader of its output has gone (`| head`)

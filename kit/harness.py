@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit.files import InputError, one_line
+from kit.files import InputError, one_line, refusing
 from kit.text import write_tokenizer
 
 INSTALL = "pip install -r requirements-eval.txt"
@@ -38,11 +38,8 @@ class Harness:
             write_tokenizer(tokenizer, data_dir, Path(folder), model.config.max_position_embeddings)
             theirs = {"pretrained": folder, "trust_remote_code": True, "max_length": block_size}
             options = {"batch_size": batch_size, "device": str(model.head_weight.device), "bootstrap_iters": 0}
-            try:
+            with refusing(f"{', '.join(self.names)} cannot be scored"):  # a task's templates are run only now
                 results = simple_evaluate("hf", theirs, tasks=self.names, task_manager=self.manager, **options)
-            except Exception as error:  # of a task's templates and functions, which are run only now
-                what = f"{type(error).__name__}: {one_line(error)[:200]}"
-                raise InputError(f"{', '.join(self.names)} cannot be scored ({what})") from error
         figures["harness"] = {
             f"{task} {metric.removesuffix(',none')}": value
             for task, metrics in results["results"].items()
@@ -73,10 +70,8 @@ def find_tasks(names: list[str], own: Sequence[str], include_path: str | None) -
     if not (version := importlib.metadata.version("lm_eval")).startswith(VERSION):
         raise InputError(f"lm-evaluation-harness is {version}, {VERSION}* is needed: {INSTALL}")
     for file in Path(include_path).rglob("*.yaml") if include_path else ():  # its index passes over broken ones
-        try:
+        with refusing(f"{file} cannot be read"):
             load_yaml(file, resolve_func=False)
-        except Exception as error:
-            raise InputError(f"{file} cannot be read ({type(error).__name__}: {one_line(error)})") from None
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if set(names) - set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)  # its own 15,000 take half a minute to list

@@ -56,10 +56,6 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         self.model = Model(Config(**config.model_args))
         self.post_init()
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
     def _init_weights(self, module: Any) -> None:
         """The model has initialised itself."""
 

@@ -7,7 +7,7 @@ for it. This is the same in float32, and for all matrices of a shape at once.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +35,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            lr, momentum, of_shape = group["lr"], group["momentum"], defaultdict[torch.Size, list[Tensor]](list)
+            lr, momentum, of_shape = group["lr"], group["momentum"], defaultdict[torch.Size, list[Any]](list)
             for p in group["params"]:
                 if p.grad is not None:
                     of_shape[p.shape].append(p)
+                    if p not in self.state:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                    self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
             for shape, params in of_shape.items():
-                updates = [self.mean_gradient(p, momentum) for p in params]
-                for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
+                ahead = [p.grad.lerp(self.state[p]["mean"], momentum) for p in params]  # Nesterov
+                for p, update in zip(params, orthogonalise(torch.stack(ahead)), strict=True):
                     p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * 0.2 * math.sqrt(max(shape)))
-
-    def mean_gradient(self, p: Tensor, momentum: float) -> Tensor:
-        """The running mean of a parameter's gradients, this step's once more in front (Nesterov)."""
-        state, grad = self.state[p], cast(Tensor, p.grad)
-        if not state:
-            state["mean"] = torch.zeros_like(p)
-        state["mean"].lerp_(grad, 1 - momentum)
-        return grad.lerp(state["mean"], momentum)

@@ -15,9 +15,8 @@ Losses are nats per token, bytes those of float32.
 import itertools
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,10 +34,8 @@ PPL_MEANING = {  # of one below the number
     1000: "still falling",
     math.inf: "undertrained: more steps or another learning rate",
 }
-NOTE = (
-    f"Caches are of {SHOWN_LENGTH:,} tokens; long PPL is of long documents after their first window; ± and bars: "
-    "sample standard deviation over seeds. What a PPL is said to be presumes a subword vocabulary of about 50,000."
-)
+NOTE = f"Caches are of {SHOWN_LENGTH:,} tokens; long PPL is of long documents after their first window; ± and bars: "
+NOTE += "sample standard deviation over seeds. What a PPL is said to be presumes a subword vocabulary of about 50,000."
 COLUMNS: dict[str, tuple[str, ...]] = {  # header: figure, format, and of several places or lengths which one
     "val loss": ("val_loss", "{:.4f}"),
     "best on the way": ("best_val_loss", "{:.4f}"),
@@ -69,7 +66,6 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 def ppl_meaning(ppl: float) -> str:
-    """What a perplexity says about a run."""
     return next(meaning for limit, meaning in PPL_MEANING.items() if ppl < limit or limit == math.inf)
 
 
@@ -81,8 +77,7 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {layout.format(*row)} |" for row in [header, rules, *rows])
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The runs of one config, which differ in their seed alone."""
 
     name: str  # of the first run's folder
@@ -205,7 +200,6 @@ def format_comparison(results: dict[str, Any]) -> str:
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """Write results.json, report.md and the pictures into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     configs = group_runs([{**run, "learning_curve": learning_curve(run)} for run in results["runs"]])
     shown = [f"\n![{name}]({name})\n\n{caption}\n" for name, caption in draw_pictures(configs, folder).items()]
     with replacing(folder / "report.md") as file:

@@ -9,28 +9,25 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from kit.files import InputError, make_folder, one_line, replacing
+from kit.files import InputError, refusing, replacing
 
 FREE = {"out_dir", "overwrite", "device", "context_cache", "final_eval", "log_to"}  # may change when a run goes on
 FIXED = {"model", "phase", "dataset", "model_args", "data", "optimizer"}  # may not, even where it is resumed
 ROWS = {"tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"}  # nor these in documents
-LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "train_seconds", "config", "data", "commit", "parents"}
-LAYOUT |= {"context_blocks"}
+LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "config", "data", "commit", "parents", "context_blocks"}
 STATE = {"optimizer", "scaler", "batches", "rng", "best_val_loss", "evaluations_without_gain"}  # of a language model
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """The processes that train together: one, or those that torchrun started."""
 
     rank: int
@@ -83,10 +80,8 @@ def pick_device(name: str) -> torch.device:
     """'auto' takes CUDA, then Apple MPS, then the CPU. Raises InputError if a named device is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with refusing(f"device={name!r} cannot be used here"):
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name!r} cannot be used here: {one_line(error)[:120]}") from None
 
 
 class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
@@ -110,7 +105,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.head, settings, file = head, head["config"], self.path / "ckpt.pt"
         is_resumed, is_look = settings["init_from"] == "resume", settings.get("eval_only", False)
         if self.world.is_main and not is_look:
-            make_folder(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
             try:
                 self.lock.acquire(blocking=False)
             except Timeout:
@@ -146,7 +141,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # the last one may be half
             kept = [line for line in lines if json.loads(line)["step"] <= self.head["iter_num"]]
             self.write("log.jsonl", "".join(line + "\n" for line in kept).encode())
-        self.write_json("config.json", settings)
+        self.write("config.json", f"{json.dumps(settings, indent=2)}\n".encode())
 
     def save(self, state: dict[str, Any], *names: str) -> None:
         if self.world.is_main:
@@ -154,9 +149,6 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             torch.save({**self.head, **state}, content)
             for name in names:
                 self.write(name, content.getbuffer())
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Put a file in the place of the old one. Raises OSError if the disk is full, and the old one stays."""
@@ -168,31 +160,27 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         if self.world.is_main:
             with (self.path / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.show({key: value for key, value in entry.items() if isinstance(value, float)}, entry["step"])
+            for key, value in entry.items():
+                if isinstance(value, float):
+                    self.show(key, value, entry["step"])
 
     def finish(self, train_seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, by which a run is known to be finished; returns it."""
         summary = {key: self.head["config"][key] for key in ("model", "phase", "seed")}
         summary |= {key: self.head[key] for key in ("parents", "commit")}
         summary |= {"checkpoint": str(self.path / "ckpt.pt"), "train_seconds": train_seconds, **figures}
-        self.write_json("summary.json", summary)
+        self.write("summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
         return summary
 
 
-def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[dict[str, float], int], Any]:
-    """What shows figures and their step where log_to says; a run that is resumed goes on where it was shown before."""
+def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[str, float, int], Any]:
+    """What shows a figure of a step where log_to says; a run that is resumed goes on where it was shown before."""
     name = settings["log_to"]
-    try:
+    with refusing(f"log_to={name!r} cannot be used", f"pip install {name}, and be logged in where it asks for that"):
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(path / name, purge_step=first_step, flush_secs=10)
-
-            def write(figures: dict[str, float], step: int) -> None:
-                for key, value in figures.items():
-                    writer.add_scalar(key, value, step)
-
-            return write
+            return SummaryWriter(path / name, purge_step=first_step, flush_secs=10).add_scalar
         if name == "wandb":
             import wandb
 
@@ -200,12 +188,9 @@ def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Calla
             if first_step == 0 or not identity.exists():
                 identity.write_text(uuid.uuid4().hex)
             options = {"project": "kv-cache", "name": path.name, "id": identity.read_text(), "resume": "allow"}
-            return wandb.init(dir=path, config=settings, **options).log
-    except ImportError:
-        raise InputError(f"log_to={name!r}: the library is missing, pip install {name}") from None
-    except Exception as error:  # of wandb: no account, no network
-        raise InputError(f"log_to={name!r}: {one_line(error)[:200]}") from None
-    return lambda figures, step: None
+            run = wandb.init(dir=path, config=settings, **options)
+            return lambda key, value, step: run.log({key: value}, step)
+    return lambda key, value, step: None
 
 
 def git_commit() -> str:

@@ -19,7 +19,8 @@ def text_ids(text: str, num_tokens: int) -> Tensor:
 def show(model: Any, reference: Callable[[Any, Tensor], Tensor], baseline: Any, text: str) -> None:
     """Print a model's size beside the baseline's, and how far its logits for text are from those it has to give."""
     ours, theirs = (m.init_cache(1, SHOWN_LENGTH).nbytes for m in (model, baseline))
-    say(type(model).__name__, f"{count(model):,} parameters, the baseline {count(baseline):,}")
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, baseline)]
+    say(type(model).__name__, f"{sizes[0]:,} parameters, the baseline {sizes[1]:,}")
     saved = f"{ours / SHOWN_LENGTH:,.1f} a token, {1 - ours / theirs:.1%} less than the baseline"
     say(f"cache at {SHOWN_LENGTH:,} tokens", f"{ours:,} bytes, {saved}")
     idx = text_ids(text, sum(CHUNKS))
@@ -31,11 +32,6 @@ def show(model: Any, reference: Callable[[Any, Tensor], Tensor], baseline: Any, 
 
 def say(what: str, value: str) -> None:
     print(f"{what:>34}   {value}")
-
-
-def count(model: Any) -> int:
-    """Parameters of a model."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def largest(a: Tensor, b: Tensor) -> float:

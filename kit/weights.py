@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kit.files import InputError, make_folder, one_line
+from kit.files import InputError, refusing
 
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "layer_norm_eps")
 # fields of PythiaConfig -> their names in the config.json of GPT-NeoX as Pythia was released
@@ -32,24 +32,19 @@ def model_args(config: Any) -> dict[str, Any]:
 
 def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> Any:
     """A model of transformers by hub id or local folder, in float32. Raises InputError if it cannot be had."""
-    try:
+    with refusing(f"{name_or_folder} cannot be read", "pip install transformers", ImportError):
         import transformers
-    except ImportError:
-        raise InputError(f"{name_or_folder}: to read Hugging Face weights, pip install transformers") from None
     if not (version := transformers.__version__).startswith("5."):
         raise InputError(f"{name_or_folder}: transformers is {version}, 5.* is needed to read weights")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    hint = "give a folder with config.json and weights, or a hub id where the hub can be reached"
+    with refusing(f"{name_or_folder!r} cannot be read as {model_type}", hint):
         found = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False).model_type
         if found != model_type:
             raise ValueError(f"model_type={found!r}")
         load = getattr(transformers, class_name).from_pretrained
         model, report = load(name_or_folder, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # of a hub out of reach, a folder without files, zip, pickle and JSON readers
-        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
-        hint = "give a folder with config.json and weights, or a hub id where the hub can be reached"
-        raise InputError(f"{name_or_folder!r} cannot be read as {model_type} ({reason}): {hint}") from None
     if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise InputError(f"{name_or_folder}: the weights do not fit config.json, {wrong[0]} first of {len(wrong)}")
     return model
@@ -82,7 +77,7 @@ def write_folder(folder: Path, settings: dict[str, Any], weights: dict[str, Tens
     """config.json and model.safetensors."""
     from safetensors.torch import save
 
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -90,22 +85,17 @@ def write_folder(folder: Path, settings: dict[str, Any], weights: dict[str, Tens
 def write_variant(model: Any, folder: Path) -> None:
     """Any other model with its code, which transformers runs if it is trusted; modeling.py names its classes."""
     config, source = model.config, Path(inspect.getfile(type(model)))
-    make_folder(folder)
+    classes = {"AutoConfig": "modeling.ExportedConfig", "AutoModelForCausalLM": "modeling.ExportedModel"}
+    settings: dict[str, Any] = {"architectures": ["ExportedModel"], "auto_map": classes, "dtype": "float32"}
+    settings |= {"model_type": "kv-cache-pythia", "model_args": model_args(config)}
+    settings |= {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
+    write_folder(folder, settings, {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()})
     copy_code(source, folder)
     names = f"{type(config).__name__} as Config, {type(model).__name__} as Model"
     imports = [f"from .{path.stem} import __doc__ as _" for path in sorted(folder.glob("*.py"))]  # for transformers 4
     imports.append(f"from .{source.stem} import {names}")
     wrapper = re.sub(r"from \.variant .*", "\n".join(imports), (KIT / "modeling.py").read_text())
     (folder / "modeling.py").write_text(wrapper)
-    settings = {
-        "architectures": ["ExportedModel"],
-        "auto_map": {"AutoConfig": "modeling.ExportedConfig", "AutoModelForCausalLM": "modeling.ExportedModel"},
-        "model_type": "kv-cache-pythia",
-        "model_args": model_args(config),
-        "dtype": "float32",
-    }
-    settings |= {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
-    write_folder(folder, settings, {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()})
 
 
 def copy_code(source: Path, folder: Path) -> None:

@@ -34,10 +34,10 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import MODELS, build_model, make, parse_settings
+from configurator import MODELS, make, parse_settings
 from kit.contexts import exact_contexts
 from kit.fast import next_token_loss, prepare_decoding, round_weights
-from kit.files import InputError, make_folder, replacing, run
+from kit.files import InputError, replacing, run
 from kit.report import format_table
 from kit.runs import pick_device
 from kit.tokens import load_tokens
@@ -143,9 +143,9 @@ def text_batch(settings: BenchSettings, batch_size: int, length: int) -> tuple[T
 
 def seeded_model(name: str, settings: BenchSettings) -> Any:
     """A model of the default config, narrower if it has to be quick."""
-    config: Any = make(MODELS[name][0], {}, QUICK_DIVISOR if settings.quick else 1)
+    config_class, model_class = MODELS[name]
     torch.manual_seed(0)
-    return build_model(name, config)
+    return model_class(make(config_class, {}, QUICK_DIVISOR if settings.quick else 1))
 
 
 def decoding_model(name: str, settings: BenchSettings, device: torch.device, *, rounded: bool) -> Any:
@@ -410,7 +410,7 @@ def main() -> None:
     machine += f", {torch.backends.cpu.get_cpu_capability()}"
     machine += ", malloc's thresholds raised" if "MALLOC_MMAP_THRESHOLD_" in os.environ else ""
     print(machine, flush=True)
-    make_folder(folder := Path(settings.out_dir))
+    (folder := Path(settings.out_dir)).mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine, "settings": asdict(settings)}
     for name in BENCHES if settings.what == "all" else [settings.what]:
         for table in BENCHES[name](settings, device):

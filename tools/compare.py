@@ -22,18 +22,14 @@ from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from configurator import parse_settings
-from kit.files import InputError, make_folder, run
+from kit.files import InputError, run
 from prep import PrepSettings, prepare
 from train import TrainSettings
 
 MINI = "--dataset=mini"  # in place of GPT-2's tokens, which need a hub
 TABLE = "--embeddings={pythia}"  # contexts of the trained baseline's table, in place of a random one
 RECIPES = {  # run: its config and options; {NAME} stands for the folder of another run, which has to be trained before
-    "pythia": "pythia",
-    "mla_kv64": "mla_kv64",
-    "mla_kv128": "mla_kv128",
-    "mla_kv256": "mla_kv256",
-    "phase1": "phase1",
+    **{name: name for name in ("pythia", "mla_kv64", "mla_kv128", "mla_kv256", "phase1")},
     "phase2": "phase2 --init_from={phase1}",
     "phase1_table": f"phase1 {TABLE}",
     "phase2_table": "phase2 --init_from={phase1_table}",
@@ -113,32 +109,29 @@ def plan(settings: CompareSettings) -> tuple[Runs, Path]:
 def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     """Train so many at a time, each after what it needs; what they print goes to folder. Those that succeeded."""
     waiting, running, failed = dict(runs), dict[Path, subprocess.Popen[bytes]](), set[Path | None]()
-    outputs = {run_folder: folder / f"{run_folder.name}.txt" for run_folder in runs}
+    said = {path: folder / f"{path.name}.txt" for path in runs}
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     bar = tqdm(total=len(runs), unit="run")
     try:
         while waiting or running:
-            for run_folder, (words, needs) in list(waiting.items()):
+            for path, (words, needs) in list(waiting.items()):
                 if needs in failed:
-                    tqdm.write(f"FAILED: {run_folder}, not started, because what it needs failed", sys.stderr)
-                    failed.add(run_folder)
-                    del waiting[run_folder]
+                    tqdm.write(f"FAILED: {path}, not started, because what it needs failed", sys.stderr)
+                    failed.add(path)
+                    del waiting[path]
                 elif len(running) < processes and needs not in {*waiting, *running}:
                     tqdm.write(f"python {' '.join(words)}")
-                    del waiting[run_folder]
-                    with outputs[run_folder].open("wb") as file:
-                        running[run_folder] = subprocess.Popen(
-                            [sys.executable, *words], stdout=file, stderr=file, env=environment
-                        )
-            for run_folder, process in list(running.items()):
+                    del waiting[path]
+                    command = [sys.executable, *words]
+                    with said[path].open("wb") as file:
+                        running[path] = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+            for path, process in list(running.items()):
                 if (status := process.poll()) is not None:
-                    del running[run_folder]
+                    del running[path]
                 if status:
-                    last = outputs[run_folder].read_text(errors="replace").rstrip().rpartition("\n")[2]
-                    tqdm.write(
-                        f"FAILED: {run_folder}, exit status {status}, see {outputs[run_folder]}: {last}", sys.stderr
-                    )
-                    failed.add(run_folder)
+                    last = said[path].read_text(errors="replace").rstrip().rpartition("\n")[2]
+                    tqdm.write(f"FAILED: {path}, exit status {status}, see {said[path]}: {last}", sys.stderr)
+                    failed.add(path)
             if ended := len(runs) - len(waiting) - len(running) - bar.n:
                 bar.update(ended)
             time.sleep(0.2)
@@ -147,7 +140,7 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
         for process in running.values():
             process.terminate()
             process.wait()
-    return [run_folder for run_folder in runs if run_folder not in failed]
+    return [path for path in runs if path not in failed]
 
 
 def main() -> None:
@@ -155,12 +148,12 @@ def main() -> None:
     runs, folder = plan(settings)
     if not Path("data/mini/meta.json").exists():
         prepare(PrepSettings())  # once, not by two trainings at a time
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     on_gpu = 1 if settings.size == "full" else os.cpu_count() or 1  # a small step leaves a GPU idle, not its core
     processes = settings.processes or (on_gpu if torch.cuda.is_available() else 2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being killed is like Ctrl-C
     finished = train_all(runs, processes, folder)
-    scored = [str(run_folder) for run_folder in finished if "phase1" not in run_folder.name]
+    scored = [str(path) for path in finished if "phase1" not in path.name]
     status = subprocess.run([sys.executable, "eval.py", *scored, f"--out_dir={folder}"]).returncode if scored else 1
     sys.exit(status if len(finished) == len(runs) else 1)
 

@@ -14,14 +14,11 @@ from typing import Any
 
 from configurator import load_source, parse_settings
 from eval import count_parameters, evaluate_cache
-from kit.files import InputError, make_folder, one_line, run
+from kit.files import InputError, refusing, run
 from kit.report import format_summary
 from kit.text import write_tokenizer
 
-PADDING = """
-One of several ways to shrink Pythia's KV cache; its code is in this folder. Prompts of a batch have to be equally long:
-padding on the left is refused.
-"""
+LIMITS = "\nIts code is in this folder. Padding on the left is refused: prompts of a batch have to be equally long.\n"
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def model_card(name: str, model: Any, checkpoint: dict[str, Any] | None, figures
         seen, config = checkpoint["tokens_seen"], checkpoint["config"]
         origin = f"Trained on {seen:,} tokens of {config['dataset']} by commit {checkpoint['commit'] or 'not known'}"
         origin += f" in windows of {config['block_size']} tokens." if "block_size" in config else ", phase 1 alone."
-    label, trust, limits = str(type(model).__doc__).splitlines()[0], ", trust_remote_code=True", PADDING
+    label, trust, limits = str(type(model).__doc__).splitlines()[0], ", trust_remote_code=True", LIMITS
     if type(model).__name__ == "PythiaModel":
         label, trust, limits = "A GPT-NeoX, as Pythia is.", "", ""
     return f"""---
@@ -74,13 +71,11 @@ def main() -> None:
         raise InputError(f"{folder} holds something already: name a new folder, or remove it")
     model, checkpoint = load_source(source)
     summary = Path(source, "summary.json")
-    try:
+    with refusing(f"{summary} is damaged", "remove it, or train the run again", (ValueError, TypeError)):
         figures = dict(json.loads(summary.read_text())) if summary.is_file() else {}
-    except (ValueError, TypeError):
-        raise InputError(f"{summary} is damaged: remove it, or train the run again") from None
     figures |= {**count_parameters(model), **evaluate_cache(model)}
     figures.pop("checkpoint", None)  # a path of this machine
-    make_folder(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         whole = Path(temporary, folder.name)
         model.save_pretrained(whole)
@@ -93,11 +88,9 @@ def main() -> None:
     if settings.push_to_hub:
         from huggingface_hub import create_repo, upload_folder
 
-        try:
+        with refusing(f"{folder} is whole, but {where} cannot be pushed"):
             create_repo(where, exist_ok=True)
             print(upload_folder(repo_id=where, folder_path=folder))
-        except Exception as error:  # the client raises errors of several libraries
-            raise InputError(f"{folder} is whole, but {where} cannot be pushed: {one_line(error)[:200]}") from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch._inductor.exc import InvalidCxxCompiler
 
-from configurator import MODELS, Job, Text, baseline_cache_bytes, build_model, check, load_source, parse_settings
+from configurator import MODELS, Job, Text, baseline_cache_bytes, check, load_source, parse_settings
 from configurator import parse_train as parse_command
 from eval import EvalSettings
 from kit.files import InputError, run
@@ -23,7 +23,7 @@ from kit.weights import model_args, settable
 from model_context import ContextKVConfig
 from model_mla import MLAConfig
 from prep import PrepSettings
-from pythia_base import PythiaConfig
+from pythia_base import PythiaConfig, PythiaModel
 from sample import SampleSettings
 from train import PHASES, LMSettings, Phase1Settings
 
@@ -181,7 +181,7 @@ def test_help_lists_every_key_once_with_type_default_and_comment(
 
 def test_runs_and_hugging_face_folders_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
     for name, own in (("pythia", {}), ("mla", {"kv_dim": 8})):
-        model = build_model(name, MODELS[name][0](**SMALL, **own))
+        model = MODELS[name][1](MODELS[name][0](**SMALL, **own))
         torch.save(checkpoint_of(name, model), tmp_path / "ckpt.pt")
         for source in (tmp_path, tmp_path / "ckpt.pt"):
             loaded, checkpoint = load_source(str(source))
@@ -189,7 +189,7 @@ def test_runs_and_hugging_face_folders_are_loaded_as_they_were_saved(tmp_path: P
             torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
             assert checkpoint is not None
             assert checkpoint["iter_num"] == 3
-    baseline = build_model("pythia", PythiaConfig(**SMALL))
+    baseline = PythiaModel(PythiaConfig(**SMALL))
     baseline.save_pretrained(tmp_path / "hf")
     loaded, checkpoint = load_source(str(tmp_path / "hf"))
     assert checkpoint is None

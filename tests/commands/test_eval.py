@@ -274,7 +274,7 @@ def plain_ppl(model: Any, documents: list[np.ndarray], carried: bool) -> list[fl
     """PPL of each window, and of all after the first: one document, one window after the other."""
     scored: list[list[torch.Tensor]] = [[] for _ in range(evaluation.LONG_WINDOWS)]
     for document in documents:
-        memory = {"memory": model.init_memory(1)} if carried else {}
+        memory = {"cache": model.init_memory(1)} if carried else {}
         tokens = torch.from_numpy(document)[None, : evaluation.LONG_WINDOWS * BLOCK + 1]
         for window, targets in enumerate(tokens[:, 1:].split(BLOCK, dim=1)):
             idx = tokens[:, window * BLOCK : (window + 1) * BLOCK]

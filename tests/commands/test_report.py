@@ -104,6 +104,7 @@ def test_the_report_has_every_run_figure_notice_and_picture(tmp_path: Path) -> N
     runs[0] |= {"not_measured": {"pile_10k": "no hub"}}
     runs[2] |= {"tokens_seen": 4096}
     results = {"block_size": 512, "data": "data/own", "runs": runs}
+    (tmp_path / "compare").mkdir()
     write_report(results, tmp_path / "compare")
     assert json.loads((tmp_path / "compare" / "results.json").read_text()) == results
     page = re.sub(" +", " ", (tmp_path / "compare" / "report.md").read_text())

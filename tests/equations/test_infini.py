@@ -133,7 +133,7 @@ def test_windows_with_a_carried_memory_equal_one_pass_of_layer_0(mode: str) -> N
     """With layer 0 alone: the layers above see their window only."""
     model, idx = make_model(mode, num_layers=1), make_tokens(2, 8 * S)
     memory = model.init_memory(batch_size=2)
-    windows = [model(window, memory=memory)[0] for window in idx.split([2 * S, S, 3 * S, 2 * S], dim=1)]
+    windows = [model(window, cache=memory)[0] for window in idx.split([2 * S, S, 3 * S, 2 * S], dim=1)]
     torch.testing.assert_close(torch.cat(windows, dim=1), model(idx)[0], atol=1e-4, rtol=0)
 
 
@@ -141,9 +141,9 @@ def test_the_layers_above_see_their_window_alone() -> None:
     """With an emptied memory the same window gives the same logits, wherever it stands in its document."""
     model, idx = make_model("infini"), make_tokens(1, 2 * S)
     memory = model.init_memory(batch_size=1)
-    carried = [model(idx, memory=memory)[0], model(idx, memory=memory)[0]]
+    carried = [model(idx, cache=memory)[0], model(idx, cache=memory)[0]]
     memory.load_state_dict(model.init_memory(batch_size=1).state_dict())
-    torch.testing.assert_close(model(idx, memory=memory)[0], model(idx)[0])
+    torch.testing.assert_close(model(idx, cache=memory)[0], model(idx)[0])
     assert (carried[1] - carried[0]).abs().max() > 1e-3
 
 
@@ -153,12 +153,12 @@ def test_consecutive_windows_train_with_a_detached_memory_and_only_so(mode: str)
     memory, W_K = model.init_memory(batch_size=2), model.layers[0].attention.W_K.weight
     for _ in range(2):
         model.zero_grad()
-        model(idx, idx, memory=memory)[1].backward()
+        model(idx, idx, cache=memory)[1].backward()
         assert W_K.grad.abs().max() > 1e-5
         memory.detach()
-    model(idx, idx, memory=memory)[1].backward()
+    model(idx, idx, cache=memory)[1].backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        model(idx, idx, memory=memory)[1].backward()
+        model(idx, idx, cache=memory)[1].backward()
 
 
 @every_mode
@@ -166,11 +166,11 @@ def test_a_carried_memory_is_resumed_exactly(mode: str) -> None:
     """And a window that ends within a segment is refused."""
     model, idx = make_model(mode), make_tokens(2, 3 * S)
     memory, resumed = model.init_memory(batch_size=2), model.init_memory(batch_size=2)
-    model(idx, memory=memory)
+    model(idx, cache=memory)
     resumed.load_state_dict(copy.deepcopy(memory.state_dict()))
-    assert torch.equal(model(idx, memory=memory)[0], model(idx, memory=resumed)[0])
+    assert torch.equal(model(idx, cache=memory)[0], model(idx, cache=resumed)[0])
     with pytest.raises(ValueError, match="multiple of segment_len=4"):
-        model(idx[:, : S + 1], memory=memory)
+        model(idx[:, : S + 1], cache=memory)
 
 
 # ------------------------------------------------------------------------------------------- settings and weights
