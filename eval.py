@@ -286,7 +286,7 @@ def open_runs(settings: EvalSettings, sources: list[str]) -> tuple[list[Run], To
         phase = checkpoint["config"]["phase"] if checkpoint else ""
         if checkpoint and (checkpoint["iter_num"] == 0 or phase == "phase1") and not settings.allow_untrained:
             raise InputError(f"{source} was never trained on text; --allow_untrained scores it all the same")
-        if checkpoint and (theirs := checkpoint["data"]["tokenizer"]) != tokenizer:
+        if (theirs := checkpoint["data"]["tokenizer"] if checkpoint else "neox") != tokenizer:
             raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
         if ids > (rows := model.config.vocab_size):
             raise InputError(f"{folder} is of {ids} token ids, {source} has {rows} rows")

@@ -6,11 +6,11 @@ see one another. One layer predicts token t+1 from their vectors, side by side, 
     e_t    = LayerNorm(embedding(token_t))
     c^i_t  = ContextBlock_i(c^i_{t-1}, e_t),  c^i_{-1} = 0         i = 0 .. N-1
     x_t    = LayerNorm(e_t + GELU(W [c^0_t; ...; c^{N-1}_t; e_t] + b))
-    logits = x_t E^T                                               E: the embedding table
+    logits = x_t W_E^T                                             W_E: the embedding table
 
                      .--> ContextBlock 0   --> c^0_t     --.
                      |      ^________| c^0_{t-1}           |
-    token_t --> e_t -+--> ContextBlock N-1 --> c^{N-1}_t --+--> TokenBlock --> x_t --> E^T --> logits of token t+1
+    token_t --> e_t -+--> ContextBlock N-1 --> c^{N-1}_t --+--> TokenBlock --> x_t --> W_E^T --> logits of token t+1
                      |                                     |
                      '-------------------------------------'
 

@@ -381,7 +381,7 @@ class ContextPythiaModel(ContextModel):
 
 # ----------------------------------------------------------------------------------------------------- Context-KV
 def to_columns(x: Tensor, num_columns: int) -> Tensor:
-    """(B, T, W) -> (B R, rows, W): position t goes to column t % R, R = num_columns, each a sequence of its own."""
+    """(B, T, W) -> (B M, rows, W): position t goes to column t % M, M = num_columns, each a sequence of its own."""
     x = F.pad(x, (0, 0, 0, -x.size(1) % num_columns))
     return x.unflatten(1, (-1, num_columns)).transpose(1, 2).flatten(0, 1)
 
@@ -389,25 +389,25 @@ def to_columns(x: Tensor, num_columns: int) -> Tensor:
 def interval_columns(
     contexts: Tensor, start: int, past: ContextCache | None, config: ContextKVConfig
 ) -> tuple[Tensor, Tensor]:
-    """Contexts (B, T, E) from position start on -> columns (B R, rows, E), and which rows a query sees.
+    """Contexts (B, T, E) from position start on -> columns (B M, rows, E), and which rows a query sees.
 
         start - 32   start - 31   ...     J rows of the past, from the cache
         start        start + 1    ...     the rows of this call
         start + 32   start + 33   ...     each column is a causal sequence of its own
 
-    There are R = min(T, interval) columns. The mask is (B R, 1, query rows, rows): no later row, none that is
+    There are M = min(T, interval) columns. The mask is (B M, 1, query rows, rows): no later row, none that is
     max_contexts or more rows back, none before position 0.
     """
     (B, T, _), device = contexts.shape, contexts.device
-    R = min(T, config.context_interval)
-    J = min(config.max_contexts - 1, (start + R - 1) // config.context_interval)
-    rows = torch.arange(-J, -(-T // R), device=device)
-    positions = start + config.context_interval * rows[:, None] + torch.arange(R, device=device)  # (rows, R)
+    M = min(T, config.context_interval)
+    J = min(config.max_contexts - 1, (start + M - 1) // config.context_interval)
+    rows = torch.arange(-J, -(-T // M), device=device)
+    positions = start + config.context_interval * rows[:, None] + torch.arange(M, device=device)  # (rows, M)
     if past is not None:
-        contexts = torch.cat([past.read(positions[:J].flatten()), contexts], dim=1)  # (B, J R + T, E)
+        contexts = torch.cat([past.read(positions[:J].flatten()), contexts], dim=1)  # (B, J M + T, E)
     age = rows[J:, None] - rows  # (query rows, rows), in intervals
-    seen = (age >= 0) & (age < config.max_contexts) & (positions.T[:, None] >= 0)  # (R, query rows, rows)
-    return to_columns(contexts, R), seen.repeat(B, 1, 1)[:, None]
+    seen = (age >= 0) & (age < config.max_contexts) & (positions.T[:, None] >= 0)  # (M, query rows, rows)
+    return to_columns(contexts, M), seen.repeat(B, 1, 1)[:, None]
 
 
 class IntervalAttention(ContextAttention):
@@ -416,9 +416,9 @@ class IntervalAttention(ContextAttention):
     def forward(self, x: Tensor, start: int, columns: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T, C), and what interval_columns makes of its contexts -> (B, T, C)."""
         (contexts, seen), (B, T, _), H = columns, x.shape, self.config.num_heads
-        q = split_heads(to_columns(self.W_Q(x), len(seen) // B), H)  # (B R, H, query rows, D)
-        k, v = (split_heads(W(contexts), H) for W in (self.W_K, self.W_V))  # (B R, H, rows, D)
-        out = merge_heads(pythia_base.causal_attention(q, k, v, seen))  # (B R, query rows, C)
+        q = split_heads(to_columns(self.W_Q(x), len(seen) // B), H)  # (B M, H, query rows, D)
+        k, v = (split_heads(W(contexts), H) for W in (self.W_K, self.W_V))  # (B M, H, rows, D)
+        out = merge_heads(pythia_base.causal_attention(q, k, v, seen))  # (B M, query rows, C)
         return self.dense(out.unflatten(0, (B, -1)).transpose(1, 2).flatten(1, 2)[:, :T])
 
 

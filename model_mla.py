@@ -5,7 +5,7 @@ narrow latent, so the latent is all that has to be remembered; positions come fr
 rotated key has to be stored beside it.
 
     x --> W_DKV --> c_kv --> W_UK --> k ---.                     cached: c_kv alone, L numbers per layer and token
-                      \\----> W_UV --> v -. |
+                      '----> W_UV --> v -. |
     x --> W_Q  -------------------> q --> softmax(q k^T / sqrt(D) - m (i - j)) v --> W_O
 
 With L = kv_dim = 128 and 6 layers a token costs 768 numbers (3,072 bytes in float32) instead of 6,144: 87.5% less.
@@ -58,8 +58,8 @@ class MLAConfig(PythiaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kv_dim > self.hidden_size:
-            raise ValueError(f"kv_dim={self.kv_dim} is above hidden_size={self.hidden_size}: nothing would shrink")
+        if (L := self.kv_dim) > (C := self.hidden_size):
+            raise ValueError(f"kv_dim={L} is above hidden_size={C}: the latent can hold no more than its {C} numbers")
 
     @property
     def rotary_size(self) -> int:
@@ -138,12 +138,13 @@ def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
 
     Softmax ignores what is constant in a row, so -m (i - j) and +m j are the same bias, and a product of one more
     dimension of q and k can carry it: (m sqrt(D)) j / sqrt(D). bfloat16 counts exactly to 256 only, hence two
-    dimensions, j = 64 (j // 64) + j % 64. Keys, queries and values are padded alike, or SDPA leaves its fast path.
+    dimensions, j = 256 (j // 256) + j % 256, exact to 65,536. Keys, queries and values are padded alike, or SDPA leaves
+    its fast path.
     """
     (B, H, T, D), P = q.shape, k.size(-2)
     j = torch.arange(P, device=q.device)
     extra = -(-(D + 2) // 8) * 8 - D  # up to the next multiple of 8, the width that the kernels want
-    k_bias = F.pad(torch.stack([j // 64 * 64, j % 64], dim=-1), (0, extra - 2)).to(k.dtype)  # (P, extra)
+    k_bias = F.pad(torch.stack([j // 256 * 256, j % 256], dim=-1), (0, extra - 2)).to(k.dtype)  # (P, extra)
     k = torch.cat([k, k_bias.expand(B, H, -1, -1)], dim=-1)
     q, v = F.pad(q, (0, extra), value=slope * math.sqrt(D)), F.pad(v, (0, extra))
     mask = None if T == P else torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)

@@ -16,7 +16,7 @@ Cached: 2 x 512 numbers per layer and token, 6,144 numbers = 24,576 bytes a toke
 Letters, for the whole project:
     B rows of a batch      T tokens of this call      P tokens attended to, cached and new (P = T without a cache)
     C hidden_size          H heads                    D head size, C / H
-    V vocabulary rows      R rotated share of a head  L latent (kv_dim)     E context_dim     S segment_len
+    V vocabulary rows      R rotated dimensions       L latent (kv_dim)     E context_dim     S segment_len
     G memories per head
 """
 
@@ -109,7 +109,8 @@ def rotate(x: Tensor, positions: Tensor, config: PythiaConfig) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D): the T queries are the last of the P positions of k and v.
 
-    mask (T, P): True where a query sees a key; without it every query sees the keys up to its own.
+    mask, of a shape that broadcasts to (B, H, T, P): True where a query sees a key; without it every query sees the
+    keys up to its own.
     """
     T, P = q.size(-2), k.size(-2)
     if mask is None and T == 1 and has_kernels(q):  # the fast form

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kit.fast import safe_exp
 from kit.files import replacing
+from kit.runs import FREE
 from kit.show import SHOWN_LENGTH
 
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
 SHOWN = str(SHOWN_LENGTH)  # the tables show caches and speeds at this length
-SAME_CONFIG = ("seed", "out_dir", "overwrite", "device", "data_dir", "final_eval", "log_to")  # may differ in a config
+SAME_CONFIG = FREE | {"seed", "data_dir"}  # may differ in a config
 PPL_MEANING = {  # of one below the number
     5: "abnormal: a leak or a causal-mask error, inspect the code",
     30: "suspicious: overfitting possible, check data volume and split",
@@ -214,7 +216,7 @@ def learning_curve(run: dict[str, Any]) -> dict[str, float]:
     text = log.read_text() if log.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last one may be half
     evaluations = [line for line in lines if "val_loss" in line][1:]  # the first is of what it started from
-    return {str(line["tokens_seen"]): float(np.exp(line["val_loss"])) for line in evaluations}
+    return {str(line["tokens_seen"]): safe_exp(line["val_loss"]) for line in evaluations}
 
 
 GREY = {"color": "#777777"}

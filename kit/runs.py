@@ -63,11 +63,11 @@ class World(NamedTuple):
 @contextlib.contextmanager
 def open_world(device_name: str) -> Iterator[World]:
     """Join torchrun's process group, NCCL on GPUs and gloo elsewhere, and leave it in the end."""
-    size, device = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device_name)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and device_name in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on the first GPU
+    device = pick_device(device_name)
     if size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
         yield World(int(os.environ.get("RANK", "0")), size, device)

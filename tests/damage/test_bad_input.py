@@ -183,7 +183,11 @@ def workshop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "cache").symlink_to(ROOT / "data" / "cache")
     shutil.copytree(data_dir / "own", folder / "data" / "own")
-    damaged(folder / "data", SETS | {"malicious": (malicious_index, "")}, data_dir / "own")
+    damaged(
+        folder / "data",
+        SETS | {"malicious": (malicious_index, ""), "gpt2": (edit_json("meta.json", tokenizer="gpt2"), "")},
+        data_dir / "own",
+    )
     (folder / "bare").mkdir()
     wide, gpt2 = tiny(vocab_size=50304), {"tokenizer": "gpt2"}
     others = {
@@ -362,6 +366,7 @@ RUNNING += cases("eval.py --data_dir=data", {
     "runs/pythia --block_size=4096": "block_size=4096 ...runs/pythia's limit", "runs/untrained": "--allow_untrained",
     "runs/phase1": "was never trained on text; --allow_untrained", "runs/gpt2-wide": "gpt2 tokens, data/own holds neox",
     "runs/few-rows": "runs/few-rows has 31 rows",
+    "weights/good --dataset=gpt2": "weights/good was trained on neox tokens, data/gpt2 holds gpt2 tokens",
 })  # fmt: skip
 RUNNING += cases("sample.py --data_dir=data", {
     "": "name one run: python sample.py", "runs/few-rows": "31 rows for the 50277 tokens",

@@ -44,6 +44,13 @@ def test_the_fast_alibi_is_the_readable_one(dtype: torch.dtype, bound: float, sl
         torch.testing.assert_close(alibi_attention(q, k, v, slope).double(), expected, atol=bound, rtol=0)
 
 
+def test_the_fast_alibi_counts_far_away_in_bfloat16() -> None:
+    q, k, v = (torch.randn(1, 2, n, 64).bfloat16() for n in (70, 40_000, 40_000))
+    scores = q.double() @ k.double().mT / 8
+    expected = ALiBiPositionEncoding(0.0625).apply_to_scores(scores, 70).softmax(dim=-1) @ v.double()
+    torch.testing.assert_close(alibi_attention(q, k, v, 0.0625).double(), expected, atol=0.02, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------ expanded and absorbed form
 
 
