@@ -287,7 +287,8 @@ def open_runs(settings: EvalSettings, sources: list[str]) -> tuple[list[Run], To
         if checkpoint and (checkpoint["iter_num"] == 0 or phase == "phase1") and not settings.allow_untrained:
             raise InputError(f"{source} was never trained on text; --allow_untrained scores it all the same")
         if (theirs := checkpoint["data"]["tokenizer"] if checkpoint else "neox") != tokenizer:
-            raise InputError(f"{source} was trained on {theirs} tokens, {folder} holds {tokenizer} tokens")
+            origin = "was trained on" if checkpoint else "is Hugging Face's, taken to be of"
+            raise InputError(f"{source} {origin} {theirs} tokens, {folder} holds {tokenizer} tokens")
         if ids > (rows := model.config.vocab_size):
             raise InputError(f"{folder} is of {ids} token ids, {source} has {rows} rows")
         if block_size > (limit := model.config.max_position_embeddings):
@@ -328,6 +329,8 @@ def main() -> None:
     device = pick_device(settings.device)
     runs, val, block_size = open_runs(settings, sources)
     harness = find_tasks([task for task in tasks if task not in TASKS], TASKS, settings.include_path)
+    if "reversal" in tasks:
+        load_tokenizer(val.meta["tokenizer"], val.path.parents[1])  # kept; where it is missing, before the work
     (out_dir := Path(settings.out_dir)).mkdir(parents=True, exist_ok=True)
     lengths = np.diff(document_bounds(val)).ravel()
     rows: list[Figures] = []

@@ -331,7 +331,7 @@ class ContextModel(PythiaModel):
 
 # ------------------------------------------------------------------------------------------------- Context-Pythia
 class CausalContextAttention(ContextAttention):
-    """Causal attention with RoPE to all contexts: expanded for training and long prompts, absorbed for decoding."""
+    """Causal attention with RoPE to all contexts: expanded for several tokens, absorbed for one."""
 
     def forward(self, x: Tensor, start: int, contexts: Tensor) -> Tensor:
         """x (B, T, C) of the last T of the P positions whose contexts (B, P, E) are given -> (B, T, C)."""

@@ -92,7 +92,7 @@ class LatentCache:
 
 
 class LatentAttention(Attention):
-    """MLA: expanded for training and long prompts, absorbed for decoding; the two are equal."""
+    """MLA: expanded for several tokens, absorbed for one; the two are equal."""
 
     def __init__(self, config: MLAConfig) -> None:
         super().__init__()
@@ -127,9 +127,11 @@ class LatentAttention(Attention):
         """The same: q k^T = (q W_UK^T) c_kv^T, queries move into the latent space and no key or value is rebuilt."""
         (B, H, T, D), P = q.shape, c_kv.size(1)
         W_UK, W_UV = (W.weight.view(H, D, -1).to(q.dtype) for W in (self.W_UK, self.W_UV))  # (H, D, L)
-        alibi = ALiBiPositionEncoding(self.config.alibi_slope)
-        bias = alibi.apply_to_scores(q.new_zeros(T, P), T).expand(B, H, T, P)
-        out_latent = attend_latents(q @ W_UK / math.sqrt(D), c_kv, bias)  # (B, H, T, L)
+        if T == 1:  # the fast form: no key lies behind the query
+            bias = -self.config.alibi_slope * torch.arange(P - 1, -1, -1.0, device=q.device)
+        else:
+            bias = ALiBiPositionEncoding(self.config.alibi_slope).apply_to_scores(q.new_zeros(T, P), T)
+        out_latent = attend_latents(q @ W_UK / math.sqrt(D), c_kv, bias.expand(B, H, T, P))  # (B, H, T, L)
         return out_latent @ W_UV.transpose(1, 2)
 
 

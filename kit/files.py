@@ -26,7 +26,7 @@ def refusing(what: str, hint: str = "", errors: Any = Exception) -> Iterator[Non
     """What other libraries raise within it becomes an InputError: what is wrong, their reason, what to do."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except errors as error:
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"

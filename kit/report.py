@@ -27,7 +27,7 @@ from kit.show import SHOWN_LENGTH
 
 AFTER_FIRST = "after 1"  # where a memory can help: all windows of a document but the first
 SHOWN = str(SHOWN_LENGTH)  # the tables show caches and speeds at this length
-SAME_CONFIG = FREE | {"seed", "data_dir"}  # may differ in a config
+SAME_CONFIG = FREE - {"context_cache"} | {"seed", "data_dir"}  # may differ in a config
 PPL_MEANING = {  # of one below the number
     5: "abnormal: a leak or a causal-mask error, inspect the code",
     30: "suspicious: overfitting possible, check data volume and split",

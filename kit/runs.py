@@ -23,7 +23,8 @@ from kit.files import InputError, refusing, replacing
 FREE = {"out_dir", "overwrite", "device", "context_cache", "final_eval", "log_to"}  # may change when a run goes on
 FIXED = {"model", "phase", "dataset", "model_args", "data", "optimizer"}  # may not, even where it is resumed
 ROWS = {"tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"}  # nor these in documents
-LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "config", "data", "commit", "parents", "context_blocks"}
+LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "train_seconds", "config", "data", "commit", "parents"}
+LAYOUT |= {"context_blocks"}
 STATE = {"optimizer", "scaler", "batches", "rng", "best_val_loss", "evaluations_without_gain"}  # of a language model
 
 
@@ -64,10 +65,12 @@ class World(NamedTuple):
 def open_world(device_name: str) -> Iterator[World]:
     """Join torchrun's process group, NCCL on GPUs and gloo elsewhere, and leave it in the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1 and device_name in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on the first GPU
+    if size > 1 and torch.cuda.is_available() and device_name.startswith(("auto", "cuda")):
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"  # nothing is put on another process's GPU
     device = pick_device(device_name)
     if size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
         yield World(int(os.environ.get("RANK", "0")), size, device)
@@ -176,7 +179,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[str, float, int], Any]:
     """What shows a figure of a step where log_to says; a run that is resumed goes on where it was shown before."""
     name = settings["log_to"]
-    with refusing(f"log_to={name!r} cannot be used", f"pip install {name}, and be logged in where it asks for that"):
+    with refusing(
+        f"log_to={name!r} cannot be used", f"it takes pip install {name}, and for wandb an account and a network"
+    ):
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 

@@ -102,7 +102,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises InputError for a lone surrogate, which tiktoken would replace without a word."""
-        with refusing("the text holds a lone surrogate, no Unicode"):
+        with refusing("the text holds a lone surrogate, no Unicode", errors=UnicodeEncodeError):
             text.encode()
         return self.encoding.encode_ordinary(normalize_nfc(text) if self.name == "neox" else text)
 

@@ -439,7 +439,7 @@ def test_the_log_is_shown_in_tensorboard_and_goes_on_there(start: Start) -> None
 
 def test_a_library_to_log_to_that_is_missing_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"log_to='wandb' cannot be used .*: pip install wandb"):
+    with pytest.raises(InputError, match=r"log_to='wandb' cannot be used .*: it takes pip install wandb"):
         start("language model", "--log_to=wandb")
 
 

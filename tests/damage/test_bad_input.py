@@ -366,7 +366,7 @@ RUNNING += cases("eval.py --data_dir=data", {
     "runs/pythia --block_size=4096": "block_size=4096 ...runs/pythia's limit", "runs/untrained": "--allow_untrained",
     "runs/phase1": "was never trained on text; --allow_untrained", "runs/gpt2-wide": "gpt2 tokens, data/own holds neox",
     "runs/few-rows": "runs/few-rows has 31 rows",
-    "weights/good --dataset=gpt2": "weights/good was trained on neox tokens, data/gpt2 holds gpt2 tokens",
+    "weights/good --dataset=gpt2": "weights/good is Hugging Face's, taken to be of neox tokens, data/gpt2 holds gpt2",
 })  # fmt: skip
 RUNNING += cases("sample.py --data_dir=data", {
     "": "name one run: python sample.py", "runs/few-rows": "31 rows for the 50277 tokens",

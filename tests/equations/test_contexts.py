@@ -320,6 +320,9 @@ def test_other_weights_or_tokens_make_caches_stale(
     old, loose, kept = build(model, 300), build(model, 300, tolerance=1.0), build(other, 300, init_from="out/other")
     assert "stale" not in capsys.readouterr().out
     path_of(loose).rename(path_of(loose).with_suffix(".partial"))
+    damaged = {"contexts_11111111_train.json": "{", "contexts_22222222_train.json": "7"}
+    for name, text in damaged.items():
+        (tmp_path / name).write_text(text)
     change(model)
     tokens = random_tokens(300, seed)
     new = build(model, tokens)
@@ -327,7 +330,7 @@ def test_other_weights_or_tokens_make_caches_stale(
     assert all(f"stale: {path_of(each)} is of other weights or tokens\n" in out for each in (old, loose))
     assert error(model, new, tokens) < 1e-5
     left = {path.name for cache in (new, kept) for path in (path_of(cache), path_of(cache).with_suffix(".json"))}
-    assert names(tmp_path) == left
+    assert names(tmp_path) == left | {*damaged}
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(bytes(8)), Path.unlink])
