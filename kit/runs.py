@@ -179,9 +179,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 def open_tracker(path: Path, settings: dict[str, Any], first_step: int) -> Callable[[str, float, int], Any]:
     """What shows a figure of a step where log_to says; a run that is resumed goes on where it was shown before."""
     name = settings["log_to"]
-    with refusing(
-        f"log_to={name!r} cannot be used", f"it takes pip install {name}, and for wandb an account and a network"
-    ):
+    needed = f"it takes pip install {name}, and for wandb an account and a network"
+    with refusing(f"log_to={name!r} cannot be used", needed):
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 

@@ -41,9 +41,7 @@ class TokenFile:
     def doc_index(self) -> np.ndarray:
         """A memmap with a record per document: `start`, where its leading end-of-text token is, and `subset`."""
         path = self.path.with_name(f"{self.path.stem}_doc_index.npy")
-        with refusing(
-            f"{path} is no document index", REMAKE, (ValueError, EOFError)
-        ):  # of pickled objects, say, which are never loaded
+        with refusing(f"{path} is no document index", REMAKE, (ValueError, EOFError)):  # of pickled objects, say
             return np.load(path, mmap_mode="r").view(INDEX_DTYPE)
 
 
