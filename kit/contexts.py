@@ -144,8 +144,10 @@ def window_error(model: Any, tokens: np.ndarray, overlap: int) -> float:
 def context_cache(model: Any, file: TokenFile, settings: ContextSettings) -> np.memmap:
     """The contexts (number of tokens, E) of a token file, blocks side by side; made unless they lie beside it.
 
-    Raises InputError if they are not finite.
+    Raises InputError if a token has no embedding, or the contexts are not finite.
     """
+    if (ids := file.meta["n_vocab"]) > (rows := model.embed_in.num_embeddings):
+        raise InputError(f"{file.path} is of {ids} token ids, the model has {rows} rows")
     # all that the numbers depend on; wherever lanes are cut, they meet to the tolerance
     record: dict[str, Any] = {"weights": weights_digest(model), "tokens": file.digest}
     record |= {"overlap": settings.overlap, "tolerance": settings.tolerance}

@@ -18,7 +18,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from configurator import MODELS, Job, Text, baseline_cache_bytes, check, load_source, parse_settings
 from configurator import parse_train as parse_command
 from eval import EvalSettings
-from kit.files import InputError, run
+from kit.files import InputError, refusing, run
 from kit.weights import model_args, settable
 from model_context import ContextKVConfig
 from model_mla import MLAConfig
@@ -225,3 +225,10 @@ def test_errors_of_the_user_end_in_a_line_and_a_status_others_are_not_hidden(
     shown = capsys.readouterr().err
     assert shown.startswith(line)
     assert shown.count("\n") == len(line.splitlines())
+
+
+@pytest.mark.parametrize("error", [InputError("no such run"), MemoryError(), KeyboardInterrupt()])
+def test_what_is_no_other_librarys_error_is_not_called_one(error: BaseException) -> None:
+    with pytest.raises(type(error)) as found, refusing("a file cannot be read"):
+        raise error
+    assert found.value is error

@@ -367,7 +367,7 @@ def test_the_command_makes_both_splits_of_the_runs_dataset(tmp_path: Path, capsy
 
 
 def test_what_cannot_be_made_is_refused(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts that are no numbers, in lanes and token after token; and before the work a full disk."""
+    """Contexts that are no numbers, in lanes and token after token; and before the work a full disk and unknown ids."""
     model = make_model(make_block())
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=7))
@@ -377,4 +377,7 @@ def test_what_cannot_be_made_is_refused(build: Build, tmp_path: Path, monkeypatc
     for overlap in (50, 800):
         with pytest.raises(InputError, match="out/phase1: the contexts are not finite"):
             build(model, 900, overlap=overlap)
+    model.embed_in = nn.Embedding(VOCAB - 1, WIDTH)
+    with pytest.raises(InputError, match=f"of {VOCAB} token ids, the model has {VOCAB - 1} rows"):
+        build(model, 900)
     assert not [*tmp_path.glob("contexts_*.bin")]

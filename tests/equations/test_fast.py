@@ -179,7 +179,8 @@ def test_the_recurrence_of_several_rows(kernels: Any, num_layers: int) -> None:
     """From zero and from a state, in widths that fill no register, with a LayerNorm that scales and shifts."""
     block, embeddings = ContextBlock(20, 13, num_layers, 1e-5, "normal", True), torch.randn(3, 40, 20)
     for norm in block.norms:
-        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
     for c in (None, torch.randn(3, 13)):
         contexts, state = block.recurrence(embeddings, c), torch.zeros(3, 13) if c is None else c
         for t in range(40):
