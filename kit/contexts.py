@@ -57,15 +57,15 @@ class Recurrence:
         lane 1                       0 . . . |---------------->        . . . its overlap, from zero, not kept
         lane 2                                         0 . . . |---------------->
 
-    The recurrence forgets where it started, so that after its overlap a lane should be where the one before ends. If
-    it is not, it is run again from there until it meets what is written; to its end, if the block does not forget.
+    The recurrence forgets where it started, so that after its overlap a lane should be where the one before ends. A
+    lane that is not is run again from there until it meets what is written; to its end, if the block does not forget.
     """
 
     def __init__(self, block: Any, table: Tensor, settings: ContextSettings, c: Tensor | None = None) -> None:
         self.block, self.settings = block, settings
         self.halves = block.token_half(table)  # (V, ...)
         self.c = table.new_zeros(1, block.context_dim) if c is None else c  # (1, E), after the last chunk
-        self.num_lanes, self.num_run_again, self.num_whole = 0, 0, 0  # the last: of those run again, to their end
+        self.num_lanes, self.num_run_again, self.num_whole = 0, 0, 0  # the last: how often to the lane's end
         self.seam = 0.0  # largest difference left where a lane, or what was run again of it, meets what follows
 
     def contexts(self, ids: Tensor) -> Tensor:
@@ -79,27 +79,34 @@ class Recurrence:
         unkept = rows[1:, :overlap]  # written over next
         starts[1:] = plain_loop(block, halves, lanes[:-1, -overlap:], torch.zeros_like(starts[1:]), unkept)
         plain_loop(block, halves, lanes, starts, rows)
+        numbers = torch.arange(1, L, device=ids.device)
+        for which in (numbers, *numbers.split(1)):  # side by side; then in order, where the lane before ends elsewhere
+            self.run_again(lanes, rows, starts, which)
         self.num_lanes += L
-        for i in range(1, L):
-            self.run_again(lanes[i], rows[i], starts[i], rows[i - 1, -1:])
         self.c = plain_loop(block, halves, ids[None, L * T :], rows[-1, -1:], contexts[None, L * T :]).clone()
-        if not self.c.isfinite().all():  # once it is not, it never is again
+        if not torch.cat([rows[:, -1], self.c]).isfinite().all():  # once one is not, none is to the end of its lane
             raise InputError(f"{self.settings.init_from or 'this run'}: the contexts are not finite, train it again")
         return contexts
 
-    def run_again(self, ids: Tensor, row: Tensor, start: Tensor, c: Tensor) -> None:
-        """Write a lane (T, E) anew from the true state c (1, E), not from its start, until they meet."""
-        gap, t = (c - start).abs().max().item(), 0
-        while not gap <= self.settings.tolerance and t < len(ids):  # nor if it is no number
-            c = self.block.step(c, F.embedding(ids[t : t + 1], self.halves))
-            gap = (c - row[t]).abs().max().item()
-            row[t] = c
+    def run_again(self, lanes: Tensor, rows: Tensor, starts: Tensor, which: Tensor) -> None:
+        """Write some lanes (l,) anew, from where the lane before ends, not from starts, each until it meets itself."""
+        c, t = rows[which - 1, -1], 0
+        apart = self.apart(c, starts[which])
+        starts[which] = c
+        self.num_run_again += int(apart.sum())
+        while apart.any() and t < lanes.size(1):
+            which, c = which[apart], c[apart]
+            c = self.block.step(c, F.embedding(lanes[which, t], self.halves))
+            apart = self.apart(c, rows[which, t])
+            rows[which, t] = c
             t += 1
-        self.num_run_again += t > 0
-        if gap <= self.settings.tolerance:
-            self.seam = max(self.seam, gap)
-        else:
-            self.num_whole += 1
+        self.num_whole += int(apart.sum())
+
+    def apart(self, a: Tensor, b: Tensor) -> Tensor:
+        """Which (l,) of the states a and b (l, E) have not met; the seam keeps how well the others have."""
+        gap = (a - b).abs().amax(dim=1)
+        self.seam = max(0.0, self.seam, *gap[gap <= self.settings.tolerance].tolist())
+        return gap > self.settings.tolerance
 
 
 @torch.no_grad()
@@ -220,5 +227,5 @@ def build_contexts(path: Path, model: Any, file: TokenFile, settings: ContextSet
         os.fsync(out.fileno())
     partial.replace(path)
     for each in recurrences:
-        again = f"{each.num_run_again} of {each.num_lanes:,} lanes run again, {each.num_whole} of them to their end"
-        print(f"largest difference left at a seam {each.seam:.1e}, {again}, one token after the other")
+        again = f"{each.num_run_again:,} times a lane was run again, {each.num_whole:,} times to its end"
+        print(f"{each.num_lanes:,} lanes, largest difference left at a seam {each.seam:.1e}, {again}")
