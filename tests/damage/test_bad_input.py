@@ -377,6 +377,7 @@ RUNNING += cases("tools.export", {
 })  # fmt: skip
 RUNNING += cases("tools.bench --what=contexts", {
     "--out_dir=. --data_dir=nowhere": "nowhere/mini holds no token files", "--out_dir=file": NO_FOLDER,
+    "--gguf=no.gguf,file": "no.gguf is not there: docs/speed.md", "--ct2=no": "no is not there: docs/speed.md",
 })  # fmt: skip
 
 DAMAGED = [
