@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from configurator import baseline_cache_bytes, load_source, parse_settings
 from kit.contexts import exact_contexts, freeze_contexts
-from kit.fast import prepare_decoding, safe_exp, score_tokens
+from kit.fast import prepare_decoding, score_tokens
 from kit.files import InputError, run
 from kit.harness import find_tasks
 from kit.recall import recall_groups
@@ -86,13 +86,14 @@ def padded(texts: Sequence[Any], multiple: int = 1) -> tuple[Tensor, Tensor]:
 def score(model: Any, idx: Tensor, targets: Tensor, **memory: Any) -> tuple[np.ndarray, np.ndarray]:
     """Loss in nats, and whether the arg-max is right: (B, T) in float64, NaN where there is no target."""
     head = model.head_weight
-    scores = score_tokens(model.hidden_states(idx.to(head.device), **memory), head, targets.to(head.device))
-    loss, right = (each.double().cpu().where(targets != -100, torch.nan).numpy() for each in scores)
-    return loss, right
+    losses, right = score_tokens(model.hidden_states(idx.to(head.device), **memory), head, targets.to(head.device))
+    scores = losses.nan_to_num(torch.inf, torch.inf), right  # no number is the worst loss, not one that is left out
+    loss, hits = (each.double().cpu().where(targets != -100, torch.nan).numpy() for each in scores)
+    return loss, hits
 
 
 def ppl(loss: np.ndarray) -> float:
-    return safe_exp(np.nanmean(loss))
+    return np.exp(np.nanmean(loss))
 
 
 def evaluate_val(model: Any, val: TokenFile, block_size: int, batch_size: int) -> Figures:
@@ -130,7 +131,8 @@ def compare_documents(losses: np.ndarray, others: np.ndarray, lengths: np.ndarra
     drawn = (rng.integers(count, size=count) for _ in range(RESAMPLES))
     means = np.array([(losses - others)[these].sum() / lengths[these].sum() for these in drawn])
     low, high = np.quantile(means, [0.025, 0.975])
-    p = min(1.0, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + RESAMPLES))
+    p = 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + RESAMPLES)
+    p = min(1.0, max(p, 2.0 ** (1 - count)))  # so few documents could have fallen on one side by chance
     return {"loss": (losses - others).sum() / lengths.sum(), "low": low, "high": high, "p": p}
 
 
@@ -176,8 +178,8 @@ def evaluate_reversal_curse(
         starts = [len(tokenizer.encode(text[: text.rindex(answer)].rstrip())) for text, answer in texts]
         loss, _ = score(model.to(device), *padded(ids))
         answers = [row[start : len(each) - 2].mean() for row, start, each in zip(loss, starts, ids, strict=True)]
-        figures[f"reversal_{way}_ppl"] = safe_exp(np.nanmean(loss, axis=1).mean())
-        figures[f"reversal_{way}_answer_ppl"] = safe_exp(np.mean(answers))
+        figures[f"reversal_{way}_ppl"] = np.exp(np.nanmean(loss, axis=1).mean())
+        figures[f"reversal_{way}_answer_ppl"] = np.exp(np.mean(answers))
     for part in ("", "answer_"):
         forward, backward = (figures[f"reversal_{way}_{part}ppl"] for way in ("forward", "backward"))
         figures |= {f"reversal_{part}ratio": forward / backward, f"reversal_{part}gap": backward - forward}
@@ -347,6 +349,7 @@ def main() -> None:
             scored.append((row.get("seed"), source, losses))
         row |= harness.score(model, val.meta["tokenizer"], settings.data_dir, block_size, settings.batch_size)
         rows.append(row)
+        model.cpu()  # the next one's peak is its own
     results = {"block_size": block_size, "data": str(val.path.parent), "runs": rows}
     print(format_comparison(results), flush=True)  # first: the disk may be full
     write_report(results, out_dir)

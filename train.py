@@ -27,7 +27,6 @@ from tqdm import tqdm
 from configurator import MODELS, Job, load_source, make, parse_train
 from eval import evaluate_contexts, evaluate_model
 from kit.contexts import ContextSettings, context_cache, exact_contexts, freeze_contexts, window_contexts, window_error
-from kit.fast import safe_exp
 from kit.files import InputError, refusing, run
 from kit.muon import Muon
 from kit.report import format_summary
@@ -158,7 +157,7 @@ def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: T
             is_best = False
             if is_due:
                 val_loss = validate(s, model, val_data, world, autocast)
-                gain = safe_exp(best_val_loss) - safe_exp(val_loss)  # in PPL
+                gain = np.exp(best_val_loss) - np.exp(val_loss)  # in PPL
                 is_best = val_loss < best_val_loss
                 evaluations_without_gain = 0 if is_best and gain >= s.min_ppl_gain else evaluations_without_gain + 1
                 best_val_loss = min(best_val_loss, val_loss)

@@ -71,20 +71,16 @@ class HeadLoss(torch.autograd.Function):
 
 
 def score_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss in nats of every token, and whether none is likelier: (B, T) float32 and bool, for h (B, T, C)."""
+    """Loss in nats of every token, and whether it beats all others: (B, T) float32 and bool, for h (B, T, C)."""
     kept, losses, right, chunk = targets != -100, [], [], loss_rows(h)
     ys = targets.where(kept, 0).flatten()[:, None].split(chunk)
     product = h.new_empty(min(targets.numel(), chunk), len(weight))  # one memory for all chunks, as in HeadLoss
     for rows, y in zip(h.flatten(0, 1).split(chunk), ys, strict=True):
         logits = torch.mm(rows, weight.T, out=product[: len(rows)]).float()  # (chunk, V)
-        right.append(logits.gather(1, y) == logits.amax(dim=-1, keepdim=True))
-        losses.append(-torch.log_softmax(logits, dim=-1, out=logits).gather(1, y))
+        of_target = torch.log_softmax(logits, dim=-1, out=logits).gather(1, y)
+        losses.append(-of_target)
+        right.append(of_target > logits.scatter_(1, y, -math.inf).amax(dim=-1, keepdim=True))
     return torch.cat(losses).view_as(targets).where(kept, 0), torch.cat(right).view_as(targets) & kept
-
-
-def safe_exp(loss: float) -> float:
-    """PPL of a mean loss; infinite where exp would fail."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

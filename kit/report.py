@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kit.fast import safe_exp
 from kit.files import replacing
 from kit.runs import FREE
 from kit.show import SHOWN_LENGTH
@@ -82,7 +81,7 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 class Config(NamedTuple):
     """The runs of one config, which differ in their seed alone."""
 
-    name: str  # of the first run's folder
+    name: str  # of the first run: its folder, or checkpoint
     runs: list[dict[str, Any]]
 
     @property
@@ -100,7 +99,8 @@ class Config(NamedTuple):
     def spread(self, figure: str, place: str = SHOWN) -> tuple[Any, Any]:
         """Mean and sample standard deviation over the seeds, 0 of one; of each ContextBlock where there are several."""
         values = [run[figure][place] if isinstance(run[figure], dict) else run[figure] for run in self.runs]
-        return np.mean(values, axis=0), np.std(values, axis=0, ddof=1) if np.ptp(values, axis=0).any() else 0.0
+        differ = len(values) > 1 and np.ptp(values, axis=0).any()
+        return np.mean(values, axis=0), np.std(values, axis=0, ddof=1) if differ else 0.0
 
     def show(self, figure: str, form: str, place: str = SHOWN) -> str:
         """A figure as a table has it: mean, or mean ± standard deviation, or - if a run does not have it."""
@@ -116,11 +116,12 @@ def group_runs(runs: list[dict[str, Any]]) -> list[Config]:
     groups: dict[str, Config] = {}
     for run in runs:
         settings = run.get("settings", {"init_from": run["run"]})
-        kept = [{k: v for k, v in settings.items() if k not in SAME_CONFIG}, run.get("tokens_seen")]
+        kept = [{k: v for k, v in settings.items() if k not in SAME_CONFIG}, run.get("tokens_seen"), run.get("data")]
         key = json.dumps(kept, sort_keys=True).replace(f'-{run.get("seed")}"', '"')
         while key in groups and run.get("seed") in [other.get("seed") for other in groups[key].runs]:
             key += "+"  # another checkpoint of the same run is no further seed
-        groups.setdefault(key, Config(Path(run["run"]).name or run["run"], [])).runs.append(run)
+        name = "/".join(Path(run["run"]).parts[-1 - run["run"].endswith(".pt") :]) or run["run"]
+        groups.setdefault(key, Config(name, [])).runs.append(run)
     return list(groups.values())
 
 
@@ -216,7 +217,7 @@ def learning_curve(run: dict[str, Any]) -> dict[str, float]:
     text = log.read_text() if log.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last one may be half
     evaluations = [line for line in lines if "val_loss" in line][1:]  # the first is of what it started from
-    return {str(line["tokens_seen"]): safe_exp(line["val_loss"]) for line in evaluations}
+    return {str(line["tokens_seen"]): np.exp(line["val_loss"]) for line in evaluations}
 
 
 GREY = {"color": "#777777"}
@@ -264,7 +265,7 @@ def draw_tradeoff(picture: Any, configs: list[Config], figure: str, x_label: str
         (size, ppl), style = place(c), {**styles[c.family], "linestyle": "none", "markersize": 12, "capsize": 5}
         style |= {"markeredgewidth": 2, "markerfacecolor": style["color"] if c in front else "white"}
         axes.errorbar(size, ppl, yerr=c.spread(figure)[1], label=f"{c.name}: {size:,.1f}, {ppl:.1f}", **style)
-        if c.family == "pythia":
+        if c.family == "pythia" and math.isfinite(ppl):
             axes.axhline(ppl, linestyle=":", zorder=0, **GREY)
             ppls = [place(each)[1] for each in configs]
             axes.set_ylim(0.9 * min(ppls), min(3 * ppl, 1.05 * max(ppls) + 1))

@@ -142,6 +142,9 @@ def test_validation_counts_every_token_once(num_tokens: int, data_dir: Path) -> 
     begins = [start for start in val.doc_index["start"] if start < num_tokens - 1]
     documents = [losses[start:end].sum() for start, end in pairwise([*begins, None])]
     np.testing.assert_allclose(scores["document_losses"], documents, rtol=1e-5)
+    model.table[tokens[-2]] = math.nan
+    broken = evaluation.evaluate_val(model, replace(val, tokens=tokens), 100, 3)
+    assert broken["val_loss"] == broken["val_ppl"] == math.inf, "no number is not left out"
 
 
 def test_a_difference_between_models_is_one_that_other_documents_would_show_too() -> None:
@@ -162,6 +165,8 @@ def test_a_difference_between_models_is_one_that_other_documents_would_show_too(
     assert evaluation.compare_documents(others, others, lengths)["p"] == 1
     flipped = others + shifts * rng.choice([-1, 1], size=300)  # no difference but the documents'
     assert evaluation.compare_documents(flipped, others, lengths)["p"] > 0.05
+    for few in (1, 4):
+        assert evaluation.compare_documents(others[:few] + 1, others[:few], lengths[:few])["p"] == 2 ** (1 - few)
 
 
 def test_runs_are_compared_with_the_first_of_their_seed(model: PythiaModel, data_dir: Path, tmp_path: Path) -> None:

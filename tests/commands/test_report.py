@@ -43,7 +43,7 @@ def test_seeds_of_a_config_are_one_row_and_other_checkpoints_of_a_run_are_not() 
     runs = make_runs()
     configs = group_runs([*runs, {**runs[0], "run": "out/pythia/best.pt"}])
     assert [(c.name, len(c.runs)) for c in configs[:2]] == [("pythia", 2), ("mla_a", 1)]
-    assert configs[-1].name == "best.pt"
+    assert configs[-1].name == "pythia/best.pt"
     shown = [c.show(key, "{:.1f}") for c, key in zip(configs, ["val_ppl"] * 2 + ["val_loss"], strict=False)]
     assert shown == ["245.0 ± 7.1", "260.0", "-"]
 
@@ -60,6 +60,8 @@ def test_runs_of_one_config_differ_in_the_seed_and_what_is_named_after_it(
     second["settings"] |= {"init_from": init_from, "final_eval": False}
     second["tokens_seen"] = tokens_seen
     assert len(group_runs([first, second])) == 2 - is_one
+    second["data"] = {"train_sha256": "e2" * 32}
+    assert len(group_runs([first, second])) == 2
 
 
 def test_nothing_on_the_best_front_is_beaten_in_both() -> None:
@@ -125,6 +127,14 @@ def test_the_report_has_every_run_figure_notice_and_picture(tmp_path: Path) -> N
     for name in ("tradeoff", "cache", "positions", "training", "long"):
         assert f"![{name}.png]({name}.png)" in page
         assert (tmp_path / "compare" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_failed_has_its_row_and_its_picture(tmp_path: Path) -> None:
+    baseline, _, other, *_ = make_runs()
+    baseline["val_ppl"] = math.inf
+    write_report({"block_size": 512, "data": "data/own", "runs": [baseline, other]}, tmp_path)
+    assert re.search(r"pythia \| +inf \|", (tmp_path / "report.md").read_text())
+    assert (tmp_path / "tradeoff.png").exists()
 
 
 @pytest.mark.parametrize("part", ["draw_pictures", "format_table"])

@@ -101,6 +101,7 @@ def test_scores_of_tokens() -> None:
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
     assert torch.equal(right, logits.argmax(-1) == targets)
+    assert not score_tokens(torch.zeros_like(h), weight, targets)[1].any(), "all alike is not the likeliest"
 
 
 # ------------------------------------------------------------------------------------- decoding, by kit/decode.cpp
