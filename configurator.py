@@ -83,7 +83,7 @@ def parse_train(argv: list[str], phases: dict[str, Any]) -> Job:
         parent = " ".join(["python train.py", settings.init_from, *layers])
         settings = replace(settings, init_from=f"out/{run_name([settings.init_from, *layers])}")
     model_config: Any = make(config_class, values, settings.width_divisor)
-    return Job(settings, model_config, run_name(paths) or "pythia", parent, passed_over)
+    return Job(settings, model_config, run_name(paths) or model, parent, passed_over)
 
 
 def parse_settings(settings_class: type[S], argv: list[str], takes: str = "") -> tuple[S, list[str]]:

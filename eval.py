@@ -88,7 +88,7 @@ def score(model: Any, idx: Tensor, targets: Tensor, **memory: Any) -> tuple[np.n
     head = model.head_weight
     losses, right = score_tokens(model.hidden_states(idx.to(head.device), **memory), head, targets.to(head.device))
     scores = losses.nan_to_num(torch.inf, torch.inf), right  # no number is the worst loss, not one that is left out
-    loss, hits = (each.double().cpu().where(targets != -100, torch.nan).numpy() for each in scores)
+    loss, hits = (each.cpu().double().where(targets != -100, torch.nan).numpy() for each in scores)
     return loss, hits
 
 

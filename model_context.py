@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pythia_base
-from kit.fast import attend_latents, context_recurrence, has_kernels, row_linear
+from kit.fast import attend_latents, has_kernels, row_linear
 from kit.show import say, show, text_ids
 from kit.weights import fused_parts
 from pythia_base import Attention, Cache, PythiaConfig, PythiaModel, merge_heads, rotate, split_heads
@@ -153,11 +153,14 @@ class ContextBlock(nn.Module):
 
     def recurrence(self, embeddings: Tensor, c: Tensor | None) -> Tensor:
         """The exact contexts (B, T, E) of embeddings (B, T, C), token after token from c (B, E), or from 0 if None."""
+        if torch.compiler.is_compiling():  # unrolled over its tokens, it would take minutes to compile
+            return torch.compiler.disable(self.recurrence)(embeddings, c)
         with torch.autocast(embeddings.device.type, enabled=False):  # rounding would add up from token to token
             halves = self.token_half(embeddings)
             c = halves.new_zeros(halves.size(0), self.context_dim) if c is None else c.to(halves.dtype)
             if len(self.linears) == 1 and has_kernels(halves):  # the fast form
-                return context_recurrence(halves, c, self.linears[0].weight[:, : self.context_dim], self.norms[0])
+                W, norm = self.linears[0].weight[:, : self.context_dim], self.norms[0]
+                return torch.ops.decode.recurrence.default(halves, c.contiguous(), W, norm.weight, norm.bias, norm.eps)
             contexts = []
             for half in halves.unbind(dim=1):
                 c = self.step(c, half)

@@ -216,26 +216,14 @@ class CarriedMemory(Cache):
     """
 
     def __init__(self, batch_size: int, config: InfiniConfig, like: Tensor) -> None:
-        self.memory, self.segment_len = Memory(batch_size, config, like), config.segment_len
-        super().__init__([self.memory] + [None] * (config.num_layers - 1), config.max_position_embeddings)
+        self.segment_len, above = config.segment_len, [None] * (config.num_layers - 1)
+        super().__init__([Memory(batch_size, config, like), *above], config.max_position_embeddings)
 
     def extend(self, num_tokens: int) -> int:
         """Open a window: its first position, 0. Raises ValueError if it would end within a segment."""
         if num_tokens % self.segment_len:
             raise ValueError(f"a window of {num_tokens} tokens is no multiple of segment_len={self.segment_len}")
         return 0
-
-    def detach(self) -> None:
-        """Truncated backpropagation: the next window reads what the last one wrote, its gradient stays out."""
-        self.load_state_dict(self.state_dict())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors, for a checkpoint."""
-        return {name: tensor.detach() for name, tensor in vars(self.memory).items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in vars(self.memory).items():
-            setattr(self.memory, name, state[name].to(tensor))
 
 
 class InfiniPythiaModel(PythiaModel):

@@ -143,15 +143,13 @@ def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
     dimensions, j = 256 (j // 256) + j % 256, exact to 65,536. Keys, queries and values are padded alike, or SDPA leaves
     its fast path.
     """
-    (B, H, T, D), P = q.shape, k.size(-2)
+    (B, H, _, D), P = q.shape, k.size(-2)
     j = torch.arange(P, device=q.device)
     extra = -(-(D + 2) // 8) * 8 - D  # up to the next multiple of 8, the width that the kernels want
     k_bias = F.pad(torch.stack([j // 256 * 256, j % 256], dim=-1), (0, extra - 2)).to(k.dtype)  # (P, extra)
     k = torch.cat([k, k_bias.expand(B, H, -1, -1)], dim=-1)
     q, v = F.pad(q, (0, extra), value=slope * math.sqrt(D)), F.pad(v, (0, extra))
-    mask = None if T == P else torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(D))
-    return out[..., :D]
+    return pythia_base.causal_attention(q, k, v, scale=1 / math.sqrt(D))[..., :D]
 
 
 class MLAPythiaModel(PythiaModel):
@@ -175,7 +173,7 @@ class MLAPythiaModel(PythiaModel):
             prefix = f"layers.{layer}.attention"
             converted |= bias_free_attention(source, layer)
             W_K, W_V = converted.pop(f"{prefix}.W_K.weight"), converted.pop(f"{prefix}.W_V.weight")  # (C, C) each
-            U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).double(), full_matrices=False)
+            U, S, Vt = torch.linalg.svd(torch.cat([W_K, W_V]).cpu().double(), full_matrices=False)
             W_UK, W_UV = (U[:, :L] * S[:L].sqrt()).float().chunk(2)  # (C, L) each
             W_DKV = (S[:L].sqrt()[:, None] * Vt[:L]).float()
             converted |= {f"{prefix}.W_DKV.weight": W_DKV, f"{prefix}.W_UK.weight": W_UK, f"{prefix}.W_UV.weight": W_UV}

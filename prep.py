@@ -10,8 +10,8 @@
     your files   --+  text decides +-> val.bin    [0 doc 0 doc 0 ..]        counts, digests
     the hub      --+                                                        val_doc_index.npy
 
-0 is the end-of-text token: a stream begins with one and one follows every document, so that it also stands before every
-document; the doc index holds the position of that leading 0. The tokenizer is GPT-NeoX-20B's, run by tiktoken.
+0 is the end-of-text token (50256 with --tokenizer=gpt2): a stream begins with one and one follows every document, so
+that it also stands before every document; the doc index holds the position of that leading one.
 """
 
 import glob
@@ -24,10 +24,10 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from itertools import chain, islice
+from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -164,7 +164,7 @@ def stream_hub(hub: str, config: str, split: str, revision: str | None) -> Itera
 
 # ------------------------------------------------------------------------------------------------------- text to tokens
 
-BATCH_DOCUMENTS = 64  # what a thread gets at a time
+BATCH_DOCUMENTS = 16  # what a thread gets at a time
 Encoded = tuple[np.ndarray, str, str]  # a document's token ids, subset and split
 
 
@@ -190,7 +190,6 @@ def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> 
     """The documents in their order, but blank ones. Raises InputError if one for training has a backward sentence."""
     sentences = [r"\s+".join(map(re.escape, pair.backward.split())) for pair in get_reversal_pairs()]
     backward, rows = re.compile("|".join(sentences)), (row for row in source.rows if text_of(row).strip())
-    workers = settings.num_workers or os.cpu_count() or 1
 
     def encode(row: Row) -> Encoded:
         text, meta = row["text"], row.get("meta")
@@ -200,10 +199,9 @@ def encode_all(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> 
         subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
         return np.array(tokenizer.encode(text), dtype=np.uint16), subset or settings.dataset, split
 
-    with ThreadPoolExecutor(workers) as pool:  # tiktoken works outside Python's lock
-        while ahead := list(islice(rows, 4 * workers * BATCH_DOCUMENTS)):  # no more are in memory
-            batches = [ahead[i : i + BATCH_DOCUMENTS] for i in range(0, len(ahead), BATCH_DOCUMENTS)]
-            yield from chain.from_iterable(pool.map(lambda batch: [encode(row) for row in batch], batches))
+    with ThreadPool(settings.num_workers) as pool:  # tiktoken works outside Python's lock
+        while ahead := list(islice(rows, 128 * BATCH_DOCUMENTS)):  # no more are in memory
+            yield from pool.imap(encode, ahead, BATCH_DOCUMENTS)
 
 
 def strew_sentences(source: Source, tokenizer: Tokenizer, settings: PrepSettings) -> Iterator[Encoded]:
@@ -296,7 +294,7 @@ def prepare(settings: PrepSettings) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two at once, the second finds the first one's files
         if (folder / "meta.json").exists() and not settings.overwrite:
-            old, _ = (load_tokens(folder, split).meta["recipe"] for split in SPLITS)
+            old, _ = (load_tokens(folder, split).meta.get("recipe", {}) for split in SPLITS)
             if differing := " and ".join(key for key in recipe if old.get(key) != recipe[key]):
                 raise InputError(f"{folder} was made with another {differing}; --overwrite=True replaces it")
             print(f"{folder} is complete already")

@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.fast import attend, gelu, has_kernels, head_loss, rotate_row, row_linear
+from kit.fast import attend, gelu, has_kernels, head_loss, row_linear
 from kit.show import show
 from kit.weights import read_gpt_neox, require_known_source, take_over, write_gpt_neox, write_variant
 
@@ -98,7 +98,7 @@ def rotate(x: Tensor, positions: Tensor, config: PythiaConfig) -> Tensor:
     Dimensions r and r + R/2 turn by the angle position / base^(2r/R). The angles are float32 in a bfloat16 model too.
     """
     if has_kernels(x):  # the fast form
-        return rotate_row(x, positions, kept_frequencies(config))
+        return torch.ops.decode.rotate.default(x, positions, kept_frequencies(config))
     angles = positions[:, None].float() * frequencies(config, x.device)  # (T, R/2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     R = config.rotary_size
@@ -106,21 +106,21 @@ def rotate(x: Tensor, positions: Tensor, config: PythiaConfig) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D): the T queries are the last of the P positions of k and v.
 
     mask, of a shape that broadcasts to (B, H, T, P): True where a query sees a key; without it every query sees the
-    keys up to its own.
+    keys up to its own. scale, if it is given, takes the place of 1 / sqrt(D).
     """
     T, P = q.size(-2), k.size(-2)
     if mask is None and T == 1 and has_kernels(q):  # the fast form
-        return attend(q, k, v, 1 / math.sqrt(q.size(-1)))
+        return attend(q, k, v, scale or 1 / math.sqrt(q.size(-1)))
     k, v = k.to(q.dtype), v.to(q.dtype)
     if mask is None and T == P:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     if mask is None and T > 1:
         mask = torch.ones(T, P, dtype=torch.bool, device=q.device).tril(P - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -32,7 +32,7 @@ from kit.muon import Muon
 from kit.report import format_summary
 from kit.runs import RunFolder, World, git_commit, open_world, read_checkpoint, stop_signals
 from kit.tokens import Documents, TokenFile, Windows, load_tokens, window_batch
-from kit.weights import model_args, read_gpt2_table
+from kit.weights import load_pretrained, model_args
 from model_context import compute_convergence_rate, effective_rank, first_contexts, oacd_iteration
 from prep import PrepSettings, prepare
 
@@ -80,7 +80,6 @@ class LMSettings(TrainSettings):
     log_interval: PositiveInt = 10  # steps between lines of the log
     patience: PositiveInt | None = None  # stop after so many evaluations without a better loss; None: never
     min_ppl_gain: NonNegativeFloat = 0.0  # how much lower the PPL has to be to count as better for patience
-    eval_only: bool = False  # evaluate and stop
     final_eval: bool = True  # measure the trained model in full; False for a quick look
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products in training
     compile: bool | None = None  # torch.compile; None: on CUDA only
@@ -129,21 +128,19 @@ def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: T
     dtype = pick_dtype(s.dtype, world.device)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)  # keeps small gradients above zero
-    parts: dict[str, Any] = {**optimizers, "scaler": scaler, "batches": batches}
+    parts: dict[str, Any] = {**optimizers, "scaler": scaler} | ({"batches": batches} if s.tokens_per_doc else {})
     step, tokens_seen, train_seconds = (head[key] for key in ("iter_num", "tokens_seen", "train_seconds"))
     best_val_loss, evaluations_without_gain = math.inf, 0
-    if s.eval_only:
-        world.say(f"step {step} | val loss {validate(s, model, val_data, world, autocast):.4f}")
-        return
     if checkpoint is not None:
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            if checkpoint[name]:  # of a scaler that was not needed there, nothing
+                part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
         best_val_loss, evaluations_without_gain = checkpoint["best_val_loss"], checkpoint["evaluations_without_gain"]
     is_compiled = world.device.type == "cuda" if s.compile is None else s.compile
     trained: Any = torch.compile(model) if is_compiled else model  # what a training step calls
     trained = DistributedDataParallel(trained) if world.size > 1 else trained
-    world.say(f"{world.device} x {world.size}, {dtype}; {batches}; steps {step} to {s.max_iters}")
+    world.say(f"{world.device} x {world.size}, {dtype}; steps {step} to {s.max_iters}")
     if world.device.type == "cpu" and s.width_divisor == 1:
         world.say("slow on a CPU? With config/laptop.py on top a model is four times narrower")
     folder.begin()
@@ -269,7 +266,7 @@ def validate(s: LMSettings, model: Any, data: TokenFile, world: World, autocast:
     tokens, block_size = data.tokens, min(s.block_size, len(data.tokens) - 1)
     count = min(s.eval_iters * s.batch_size, (len(tokens) - 1) // block_size)
     starts = np.linspace(0, len(tokens) - 1 - block_size, count).astype(np.int64)[world.rank :: world.size]
-    total = torch.zeros(1, dtype=torch.float64, device=world.device)
+    total = torch.zeros(1, device=world.device)
     for first in range(0, len(starts), s.batch_size):
         batch = window_batch(tokens, starts[first : first + s.batch_size], block_size, world.device)
         with autocast:
@@ -407,7 +404,7 @@ def open_run(job: Job, folder: RunFolder) -> tuple[Any, TokenFile, TokenFile] | 
     head["data"] = {"tokenizer": tokenizer, "train_sha256": train_data.digest, "val_sha256": val_data.digest}
     progress = dict[str, Any](iter_num=0, tokens_seen=0, train_seconds=0.0, parents=[], context_blocks=[])
     folder.claim(head)
-    goes_on = s.init_from == "resume" or getattr(s, "eval_only", False) or not (folder.path / "summary.json").exists()
+    goes_on = s.init_from == "resume" or not (folder.path / "summary.json").exists()
     if (checkpoint := folder.checkpoint) is not None and not goes_on:
         world.say(f"{folder.path} is finished after {checkpoint['iter_num']} steps; --overwrite=True trains it again")
         return None
@@ -474,7 +471,7 @@ def load_table(source: str) -> tuple[Tensor, dict[str, Any]]:
         model, checkpoint = load_source(source)
         return model.head_weight.detach(), checkpoint or {}
     try:
-        return read_gpt2_table(source), {"data": {"tokenizer": "gpt2"}}
+        return load_pretrained(source, "gpt2", "GPT2Model").wte.weight.detach(), {"data": {"tokenizer": "gpt2"}}
     except InputError as error:
         raise InputError(f"embeddings={source!r}: {error}; 'random' and a run folder of yours need no hub") from None
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from pydantic import NonNegativeFloat, PositiveInt
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -182,11 +183,8 @@ def freeze_contexts(model: Any) -> None:
 
 def weights_digest(model: Any) -> str:
     """SHA-256 of all weights that contexts are computed with."""
-    modules = torch.nn.ModuleList([*model.context_blocks, model.embed_in])
-    digest = hashlib.sha256(str(modules).encode())  # sizes, epsilons, embed_norm or none
-    for weight in modules.state_dict().values():
-        digest.update(weight.cpu().contiguous().numpy())
-    return digest.hexdigest()
+    modules = torch.nn.ModuleList([*model.context_blocks, model.embed_in])  # str: sizes, epsilons, embed_norm or none
+    return hashlib.sha256(str(modules).encode() + save(modules.state_dict())).hexdigest()
 
 
 def remove_stale(path: Path, record: dict[str, Any]) -> None:

@@ -94,7 +94,6 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- decoding on a CPU, by kit/decode.cpp
 MOST_ROWS = 8  # up to which it takes longer to read W than to multiply with it
-TURNED_ROWS = 32  # up to which (W x^T)^T is faster than x W^T, by a quarter to a half (AVX2, 2 cores)
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ["-O3", "-march=native", "-ffast-math", "-std=c++20", "-fPIC", "-Wno-psabi"]
 kernels: Any = None  # what SOURCE defines, once it is loaded
@@ -142,7 +141,7 @@ def compile_kernels() -> Path:
 
 
 def round_weights(model: nn.Module) -> None:
-    """Round every matrix to bfloat16 and keep it in both forms: decoding then reads half as many bytes.
+    """Round every matrix to bfloat16 and keep it in both forms: the kernels then read half as many bytes.
 
     The arithmetic stays float32, that of prompts too, so that the text is that of float32 with the rounded weights.
     """
@@ -158,18 +157,10 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; where x has few rows, by a kernel that reads W, or its rounded form, as fast as memory gives it.
-
-    A few more as (W x^T)^T, for which the BLAS has the faster kernel.
-    """
-    rows = x.numel() // x.size(-1)
-    if rows > TURNED_ROWS or not has_kernels(x):
+    """F.linear; where x has few rows, by a kernel that reads W, or its rounded form, as fast as memory gives it."""
+    if x.numel() > MOST_ROWS * x.size(-1) or not has_kernels(x):
         return F.linear(x, weight, bias)
-    if rows <= MOST_ROWS:
-        return kernels.linear.default(x.contiguous(), weight.__dict__.get("rounded", weight), bias)
-    xT = x.flatten(0, -2).T
-    yT = weight @ xT if bias is None else torch.addmm(bias[:, None], weight, xT)
-    return yT.T.contiguous().unflatten(0, x.shape[:-1])
+    return kernels.linear.default(x.contiguous(), weight.__dict__.get("rounded", weight), bias)
 
 
 class RowLinear(nn.Linear):
@@ -181,16 +172,6 @@ def gelu(x: Tensor) -> Tensor:
     """The exact GELU; of few rows by a kernel, since PyTorch's takes 30 to 100 microseconds before it begins."""
     few = x.numel() <= MOST_ROWS * x.size(-1)
     return kernels.gelu.default(x.contiguous()) if few and has_kernels(x) else F.gelu(x)
-
-
-def context_recurrence(halves: Tensor, c: Tensor, W: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """c_t = norm(c_{t-1} + GELU(W c_{t-1} + half_t)), halves (B, T, E) and c_{-1} (B, E) -> (B, T, E)."""
-    return kernels.recurrence.default(halves.contiguous(), c.contiguous(), W, norm.weight, norm.bias, norm.eps)
-
-
-def rotate_row(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """RoPE of x (B, H, T, D) at positions (T,), its pairs turned by frequencies (R/2,) per position, in one pass."""
-    return kernels.rotate.default(x, positions, frequencies)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -90,7 +90,7 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         unknown = [k for k, value in others.items() if k not in IGNORED and value is not None and value is not False]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not supported by this model")
-        if attention_mask is not None and (attention_mask.diff(dim=1) > 0).any():
+        if attention_mask is not None and (attention_mask.int().diff(dim=1) > 0).any():
             raise ValueError("padding before or within a text is not supported: batch prompts of equal length")
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:

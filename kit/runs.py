@@ -22,10 +22,11 @@ from kit.files import InputError, refusing, replacing
 
 FREE = {"out_dir", "overwrite", "device", "context_cache", "final_eval", "log_to"}  # may change when a run goes on
 FIXED = {"model", "phase", "dataset", "model_args", "data", "optimizer"}  # may not, even where it is resumed
+FIXED |= {"embeddings", "num_tokens", "cascade_data"}  # of phase 1
 ROWS = {"tokens_per_doc", "block_size", "batch_size", "gradient_accumulation_steps", "seed"}  # nor these in documents
 LAYOUT = {"model", "model_args", "iter_num", "tokens_seen", "train_seconds", "config", "data", "commit", "parents"}
 LAYOUT |= {"context_blocks"}
-STATE = {"optimizer", "scaler", "batches", "rng", "best_val_loss", "evaluations_without_gain"}  # of a language model
+STATE = {"optimizer", "scaler", "rng", "best_val_loss", "evaluations_without_gain"}  # of a language model
 
 
 class World(NamedTuple):
@@ -106,8 +107,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     def claim(self, head: dict[str, Any]) -> None:
         """Take the folder for a new run, or to go on with the one that it holds, which head has to fit."""
         self.head, settings, file = head, head["config"], self.path / "ckpt.pt"
-        is_resumed, is_look = settings["init_from"] == "resume", settings.get("eval_only", False)
-        if self.world.is_main and not is_look:
+        is_resumed = settings["init_from"] == "resume"
+        if self.world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 self.lock.acquire(blocking=False)
@@ -121,13 +122,13 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         checkpoint = read_checkpoint(file)
         theirs, mine = ({**h["config"], "model_args": h["model_args"], "data": h["data"]} for h in (checkpoint, head))
         keys = (theirs.keys() | mine.keys()) - FREE
-        if is_resumed or is_look:
+        if is_resumed:
             keys = FIXED | (ROWS if settings.get("tokens_per_doc") else set())
         if differing := sorted(key for key in keys if theirs.get(key) != mine.get(key)):
             shown = ", ".join(f"{k} {theirs.get(k)!r:.80} there, {mine.get(k)!r:.80} here" for k in differing[:3])
             ways = "another --out_dir keeps both, --init_from=resume goes on with it, --overwrite=True replaces it"
             raise InputError(f"{self.path} holds another run ({shown}): {ways}")
-        if not is_look and settings["phase"] != "phase1" and (missing := STATE - checkpoint.keys()):
+        if settings["phase"] != "phase1" and (missing := STATE - checkpoint.keys()):
             raise InputError(f"{file} cannot be gone on from, it has no {', '.join(sorted(missing))}: train it again")
         self.checkpoint = checkpoint
 
@@ -137,8 +138,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             return
         log, settings = self.path / "log.jsonl", {**self.head["config"], "model_args": self.head["model_args"]}
         self.show = open_tracker(self.path, settings, 0 if self.checkpoint is None else self.head["iter_num"] + 1)
+        (self.path / "summary.json").unlink(missing_ok=True)  # it is not finished, or no longer
         if self.checkpoint is None:
-            for name in ("ckpt.pt", "best.pt", "summary.json", "log.jsonl"):
+            for name in ("ckpt.pt", "best.pt", "log.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
         elif log.exists():
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # the last one may be half

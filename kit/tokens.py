@@ -6,7 +6,7 @@ Where a step's windows begin is a function of the seed and of the step alone: no
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +107,6 @@ class Windows:
             batch["contexts"] = self.contexts(starts, self.block_size)
         return batch, len(starts) / len(mine)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a run has to keep of its data to go on: nothing, but for Documents."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
-
-    def __str__(self) -> str:
-        return f"windows of {self.block_size:,} tokens"
-
 
 @dataclass(kw_only=True)
 class Documents(Windows):
@@ -137,34 +127,34 @@ class Documents(Windows):
         self.begins = np.concatenate([np.arange(start, end - length + 1, length) for start, end in long])
         self.windows_each = self.tokens_per_doc // self.block_size
         self.memories: dict[int, Any] = {}  # by micro-batch
+        count = len(self.begins)  # an epoch's order is drawn once, not for every micro-batch
+        self.order = lru_cache(2)(lambda epoch: np.random.default_rng([self.seed, epoch]).permutation(count))
 
     def starts(self, step: int) -> np.ndarray:
         turn, window = divmod(step, self.windows_each)
         epochs, places = np.divmod(turn * self.rows + np.arange(self.rows), len(self.begins))
-        orders = {n: np.random.default_rng([self.seed, n]).permutation(len(self.begins)) for n in np.unique(epochs)}
-        chosen = [orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)]
+        chosen = [self.order(epoch)[place] for epoch, place in zip(epochs, places, strict=True)]
         return self.begins[chosen] + window * self.block_size
 
     def batch(self, step: int, micro: int) -> tuple[dict[str, Any], float]:
         batch, share = super().batch(step, micro)
         if step % self.windows_each == 0:
             self.memories[micro] = self.init_memory(len(batch["idx"]))
-        self.memories[micro].detach()  # the backward pass of the step before is done
+        for tensor in self.memories[micro].tensors():
+            tensor.detach_()  # the backward pass of the step before is done
         return {**batch, "cache": self.memories[micro]}, share
 
     def state_dict(self) -> dict[str, Tensor]:
         """The memories of all processes' rows, none before the first step."""
-        states = [self.memories[micro].state_dict() for micro in sorted(self.memories)]
-        return {k: self.world.gather(torch.cat([state[k] for state in states])) for k in states[0]} if states else {}
+        parts = zip(*(self.memories[micro].tensors() for micro in sorted(self.memories)), strict=True)
+        return {str(i): self.world.gather(torch.cat(part).detach()) for i, part in enumerate(parts)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         mine = [rows.chunk(self.world.size)[self.world.rank].split(self.batch_size) for rows in state.values()]
         for micro, part in enumerate(zip(*mine, strict=True)):
             self.memories[micro] = self.init_memory(len(part[0]))
-            self.memories[micro].load_state_dict(dict(zip(state, part, strict=True)))
-
-    def __str__(self) -> str:
-        return f"{len(self.begins):,} stretches of documents, {self.windows_each} windows of {self.block_size:,} each"
+            for tensor, saved in zip(self.memories[micro].tensors(), part, strict=True):
+                tensor.copy_(saved)
 
 
 def window_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> dict[str, Tensor]:

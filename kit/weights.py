@@ -112,11 +112,6 @@ def copy_code(source: Path, folder: Path) -> None:
     (folder / source.name).write_text(OWN_IMPORT.sub(relative, source.read_text()))
 
 
-def read_gpt2_table(name_or_folder: str) -> Tensor:
-    """The token embedding (V, C) of a GPT-2 checkpoint. Raises InputError if it cannot be had."""
-    return load_pretrained(name_or_folder, "gpt2", "GPT2Model").wte.weight.detach()
-
-
 def require_known_source(model: Any, source: Any, baseline: type) -> None:
     """Raises ValueError unless a source's weights mean in this model what they mean in the source.
 
@@ -126,7 +121,8 @@ def require_known_source(model: Any, source: Any, baseline: type) -> None:
         mine, theirs = type(model).__name__, type(source).__name__
         raise ValueError(f"the source is a {theirs}: a {mine} starts from its own class or from {baseline.__name__}")
     shared = set(settable(source.config)) & set(settable(model.config))
-    for name in ("num_heads", "rotary_pct", "rotary_base", "layer_norm_eps", "embed_norm", "hidden_size", "vocab_size"):
+    meaning = ("num_heads", "rotary_pct", "rotary_base", "use_rope", "layer_norm_eps", "embed_norm")
+    for name in (*meaning, "hidden_size", "vocab_size"):
         values = [getattr(m.config, name) for m in (source, model) if name in shared]
         if len(set(values)) > 1:
             hint = "; released weights need width_divisor=1" if name == "hidden_size" else ""

@@ -100,8 +100,8 @@ def speeds(device: torch.device) -> dict[str, float]:
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY_LAYER, Command, plain
+from conftest import ROOT, TINY_LAYER, Command, plain, status_of
 
 from configurator import parse_train
 from kit.runs import read_checkpoint
@@ -106,6 +106,12 @@ def test_interrupted_in_the_middle_and_started_again_it_reports(
         shutil.rmtree("out")
         start().succeed()
         assert figures() == interrupted
+
+
+def test_contexts_blocks_alone_are_trained_and_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.compare.train_all", lambda runs, *_: [*runs])
+    assert status_of("tools.compare", "--rows=phase1") == 0
 
 
 def test_a_run_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,7 @@ def parse_files(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> J
 
 def test_nothing_given_is_the_baseline() -> None:
     assert parse_train() == Job(LMSettings(), PythiaConfig(), name="pythia", parent="", passed_over=[])
+    assert parse_train("--model=mla").name == "mla", "what a baseline then finds in out/pythia is its own"
 
 
 def test_later_files_and_the_command_line_have_the_last_word(tmp_path: Path) -> None:

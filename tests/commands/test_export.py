@@ -39,6 +39,7 @@ for folder in sys.argv[1:]:
         options |= {"max_new_tokens": 5, "num_beams": 3}
         figures["beams"] = torch.equal(model.generate(idx, **options), model.generate(idx, use_cache=False, **options))
         figures["loss"] = model(idx, labels=idx).loss.item()
+        model(idx, attention_mask=mask.tril(idx.size(1) - 3).bool())  # padded on the right
         for name, inputs in {"padded": {"attention_mask": 1 - mask.tril()}, "unknown": {"inputs_embeds": mask}}.items():
             try:
                 model(idx, **inputs)

@@ -238,6 +238,10 @@ def test_a_second_run_does_nothing_and_one_with_other_settings_or_texts_is_refus
     with pytest.raises(InputError, match="made with another files"):
         make(TEXTS[1:])
     assert state(folder) == before
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({key: meta[key] for key in meta if key != "recipe"}))
+    with pytest.raises(InputError, match="made with another dataset and"):
+        make(TEXTS)
     (folder / "val.bin").write_bytes(bytes(2))
     with pytest.raises(InputError, match=r"val\.bin does not match its meta\.json"):  # whatever that says
         make(TEXTS)

@@ -341,6 +341,9 @@ RUNNING += [
         f"train.py {DOCUMENTS} --out_dir=runs/documents --init_from=resume --batch_size=2", "batch_size 4 there, 2 here"
     )
 ]
+RUNNING += cases(f"train.py config/phase1.py {PHASE_1} --out_dir=runs/phase1 --init_from=resume", {
+    "--num_tokens=9": "9 here): another --out_dir", "--cascade_data=all": "(cascade_data 'split' there, 'all' here)",
+})  # fmt: skip
 RUNNING += cases(f"train.py config/infini_long.py {NARROW} --out_dir=new", {
     "--tokens_per_doc=64 --segment_len=5": "no multiple of", "--tokens_per_doc=1600000": "no training document has",
 })  # fmt: skip

@@ -117,6 +117,8 @@ def test_conversion_is_the_best_approximation_of_its_rank(kv_dim: int) -> None:
 def test_a_baseline_that_turns_otherwise_is_no_source(changed: dict[str, float], theirs: str) -> None:
     with pytest.raises(ValueError, match=rf"use_rope turns \(2, 10000.0\).*the source \({theirs}"):
         make_model(use_rope=True).start_from(make_baseline(**changed))
+    with pytest.raises(ValueError, match="use_rope=False, this model True"):
+        make_model(use_rope=True).start_from(make_model())
 
 
 @pytest.mark.parametrize("use_rope", [False, True])

@@ -318,6 +318,21 @@ def test_as_small_as_declared(name: str) -> None:
             assert model.init_cache(batch_size, max_len).nbytes == batch_size * declared(max_len)
 
 
+@pytest.mark.parametrize("name", ["context", "infini"])
+def test_what_is_compiled_does_not_grow_with_the_text(name: str) -> None:
+    """A recurrence that torch.compile unrolls takes minutes, and its gradients are no longer those of float32."""
+    model, operations = build(CONFIGS[name]), dict[int, int]()
+    for num_tokens in (16, 32):
+
+        def count(graph: Any, inputs: Any, n: int = num_tokens) -> Any:
+            operations[n] = operations.get(n, 0) + len(graph.graph.nodes)
+            return graph.forward
+
+        torch.compiler.reset()
+        torch.compile(model, backend=count)(*2 * [make_tokens(B, num_tokens)])
+    assert operations[16] == operations[32]
+
+
 def live_bytes() -> int:
     """Of all tensors that any object of this process refers to; those that a compiler leaves behind hold nothing."""
     storages = [each.untyped_storage() for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
