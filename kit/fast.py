@@ -94,6 +94,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- decoding on a CPU, by kit/decode.cpp
 MOST_ROWS = 8  # up to which it takes longer to read W than to multiply with it
+TURNED_ROWS = 32  # up to which the BLAS has a faster kernel for (W x^T)^T: a step gains 8 to 51% (AVX2, 2 cores)
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ["-O3", "-march=native", "-ffast-math", "-std=c++20", "-fPIC", "-Wno-psabi"]
 kernels: Any = None  # what SOURCE defines, once it is loaded
@@ -158,8 +159,12 @@ def has_kernels(x: Tensor) -> bool:
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; where x has few rows, by a kernel that reads W, or its rounded form, as fast as memory gives it."""
-    if x.numel() > MOST_ROWS * x.size(-1) or not has_kernels(x):
+    rows = x.numel() // x.size(-1)
+    if rows > TURNED_ROWS or not has_kernels(x):
         return F.linear(x, weight, bias)
+    if rows > MOST_ROWS:  # (W x^T)^T, the same
+        y = F.linear(weight, x.flatten(0, -2)).T.contiguous().unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
     return kernels.linear.default(x.contiguous(), weight.__dict__.get("rounded", weight), bias)
 
 

@@ -20,6 +20,7 @@ from kit import fast
 from kit.fast import (
     LOSS_ROWS,
     MOST_ROWS,
+    TURNED_ROWS,
     head_loss,
     next_token_loss,
     prepare_decoding,
@@ -125,7 +126,7 @@ def test_a_product_with_a_few_rows(kernels: Any, shape: tuple[int, int, int], dt
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1, TURNED_ROWS, TURNED_ROWS + 1])
 @torch.no_grad()
 def test_a_product_with_any_number_of_rows(kernels: Any, rows: int, with_bias: bool) -> None:
     """In any of its forms it is F.linear, of a part of a wider x and of a wider matrix."""
