@@ -172,7 +172,7 @@ def test_a_difference_between_models_is_one_that_other_documents_would_show_too(
 def test_runs_are_compared_with_the_first_of_their_seed(model: PythiaModel, data_dir: Path, tmp_path: Path) -> None:
     runs = []
     for name, seed in (("a", 1), ("b", 2), ("c", 1), ("d", 2)):
-        settings = asdict(LMSettings(dataset="own", block_size=32, seed=seed))
+        settings = asdict(LMSettings(dataset="few", block_size=32, seed=seed))
         runs.append(save_run(tmp_path / name, model, data_dir, config=settings))
     type_in("eval.py", *runs, "--tasks=val", f"--data_dir={data_dir}", "--device=cpu", f"--out_dir={tmp_path / 'to'}")
     rows = json.loads((tmp_path / "to" / "results.json").read_text())["runs"]
