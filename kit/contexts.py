@@ -90,7 +90,7 @@ class Recurrence:
         return contexts
 
     def run_again(self, lanes: Tensor, rows: Tensor, starts: Tensor, which: Tensor) -> None:
-        """Write some lanes (l,) anew, from where the lane before ends, not from starts, each until it meets itself."""
+        """Write lanes `which` (l,) anew from where the lane before ends, each until it meets what is written."""
         c, t = rows[which - 1, -1], 0
         apart = self.apart(c, starts[which])
         starts[which] = c

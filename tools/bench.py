@@ -405,9 +405,10 @@ BENCHES = {
 def main() -> None:
     settings, _ = parse_settings(BenchSettings, sys.argv[1:])
     device = pick_device(settings.device)
-    for peers in (("llama_cpp", "llama-cpp-python", settings.gguf), ("ctranslate2", "ctranslate2", settings.ct2)):
-        for path in peers[2].split(",") if peers[2] else []:
-            peer(*peers[:2], path)  # before the work, not after minutes of it
+    peers = ("llama_cpp", "llama-cpp-python", settings.gguf), ("ctranslate2", "ctranslate2", settings.ct2)
+    for module, package, paths in peers:
+        for path in paths.split(",") if paths else []:
+            peer(module, package, path)  # before the work, not after minutes of it
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = f"{card} {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
     machine += f", {torch.backends.cpu.get_cpu_capability()}"
