@@ -1,4 +1,4 @@
-# make run: from nothing to a trained, measured MLA-Pythia.   make test: lint, types, tests.
+# make run: from nothing to a trained, measured MLA-Pythia, briefly.   make test: lint, types, tests.
 # make stress: what the tests have no time for, 41 minutes on 2 cores.
 # make compare: every architecture on the same tokens, and the report; SEED=1338 is another seed, SIZE=full for a GPU.
 
@@ -18,8 +18,8 @@ test stress: export OMP_NUM_THREADS = 1
 
 run: .venv/installed
 	$(BIN)/python prep.py
-	$(BIN)/python train.py config/mla_kv128.py config/laptop.py
-	$(BIN)/python sample.py out/mla_kv128-laptop --prompt="The history of"
+	$(BIN)/python train.py config/mla_kv128.py config/laptop.py --max_iters=400 --out_dir=out/first
+	$(BIN)/python sample.py out/first --prompt="The history of"
 
 compare: .venv/installed
 	$(BIN)/python -m tools.compare --size=$(SIZE) --seed=$(SEED)
