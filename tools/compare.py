@@ -25,50 +25,8 @@ from configurator import parse_settings
 from kit.files import InputError, run
 from train import TrainSettings
 
-MINI = "--dataset=mini"  # in place of GPT-2's tokens, which need a hub
-TABLE = "--embeddings={pythia}"  # contexts of the trained baseline's table, in place of a random one
-RECIPES = {  # run: its config and options; {NAME} stands for the folder of another run, which has to be trained before
-    **{name: name for name in ("pythia", "mla_kv64", "mla_kv128", "mla_kv256", "phase1")},
-    "phase2": "phase2 --init_from={phase1}",
-    "phase1_table": f"phase1 {TABLE}",
-    "phase2_table": "phase2 --init_from={phase1_table}",
-    "context_kv_phase1": "context_kv_phase1",
-    "context_kv_phase2": "context_kv_phase2 --init_from={context_kv_phase1}",
-    "context_kv_50": "context_kv_50 --init_from={context_kv_phase1}",
-    "context_kv_phase1_table": f"context_kv_phase1 {TABLE}",
-    "context_kv_phase2_table": "context_kv_phase2 --init_from={context_kv_phase1_table}",
-    "context_kv_50_table": "context_kv_50 --init_from={context_kv_phase1_table}",
-    "infini": "infini",
-    "cascade_phase1": f"cascade_phase1 {MINI} --embeddings=random",
-    "cascade_phase2": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1}}",
-    "cascade_phase1_table": f"cascade_phase1 {MINI} {TABLE}",
-    "cascade_phase2_table": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1_table}}",
-}
-CASCADES = {  # rows of other cascades: options of both phases
-    "one": "--num_context_blocks=1",
-    "wide": "--num_context_blocks=1 --context_dim=1000",
-    "four": "--num_context_blocks=4",
-    "deep": "--num_layers_per_block=2",
-}
-MORE = {  # what --rows has to name: modes, ablations, and what a trained baseline becomes
-    **{f"infini_{mode}": f"infini_{mode}" for mode in ("banks2", "alibi", "alibi2", "multi4", "multi8", "long")},
-    "mla_kv512": "mla_kv256 --kv_dim=512",  # as wide as the model: nothing is compressed, ALiBi stays
-    "mla_kv512_rope": "mla_kv256 --kv_dim=512 --use_rope=True --alibi_slope=0",  # what is left: no biases, two factors
-    "cascade_phase1_all": f"{RECIPES['cascade_phase1_table']} --cascade_data=all",
-    **{f"cascade_phase1_{name}": f"{RECIPES['cascade_phase1_table']} {both}" for name, both in CASCADES.items()},
-    **{
-        f"cascade_phase2_{name}": f"cascade_phase2 {MINI} --patience=None --init_from={{cascade_phase1_{name}}} {both}"
-        for name, both in {"all": "", **CASCADES}.items()
-    },
-    "cascade_phase2_trained": f"{RECIPES['cascade_phase2_table']} --freeze_embedding=False",
-    "cascade_phase2_untied": f"{RECIPES['cascade_phase2_table']} --tie_weights=False",
-    **{
-        f"{name}_from": f"{name} --init_from={{pythia}}"
-        for name in ("pythia", "mla_kv128", "infini", "phase1", "context_kv_phase1")
-    },
-    "phase2_from": "phase2 --init_from={phase1_from}",
-    "context_kv_phase2_from": "context_kv_phase2 --init_from={context_kv_phase1_from}",
-}
+TABLES = Path(__file__).with_name("compare.txt").read_text().split("\n\n")  # a line is a run, its config and its options
+RECIPES, MORE = (dict(re.findall(r"^(\w+) +(.+)$", table, re.MULTILINE)) for table in TABLES)
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
 
