@@ -25,7 +25,7 @@ from configurator import parse_settings
 from kit.files import InputError, run
 from train import TrainSettings
 
-TABLES = Path(__file__).with_name("compare.txt").read_text().split("\n\n")  # a line is a run, its config and its options
+TABLES = Path(__file__).with_name("compare.txt").read_text().split("\n\n")  # a line: run, config, options
 RECIPES, MORE = (dict(re.findall(r"^(\w+) +(.+)$", table, re.MULTILINE)) for table in TABLES)
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
