@@ -18,6 +18,7 @@ from kit.files import InputError, refusing, run
 from kit.report import format_summary
 from kit.text import write_tokenizer
 
+CARD = Path(__file__).with_name("card.md").read_text()
 LIMITS = "\nIts code is in this folder. Padding on the left is refused: prompts of a batch have to be equally long.\n"
 
 
@@ -36,30 +37,11 @@ def model_card(name: str, model: Any, checkpoint: dict[str, Any] | None, figures
         seen, config = checkpoint["tokens_seen"], checkpoint["config"]
         origin = f"Trained on {seen:,} tokens of {config['dataset']} by commit {checkpoint['commit'] or 'not known'}"
         origin += f" in windows of {config['block_size']} tokens." if "block_size" in config else ", phase 1 alone."
-    label, trust, limits = str(type(model).__doc__).splitlines()[0], ", trust_remote_code=True", LIMITS
+    facts = {"name": name, "origin": origin, "figures": format_summary(figures), "where": where}
     if type(model).__name__ == "PythiaModel":
-        label, trust, limits = "A GPT-NeoX, as Pythia is.", "", ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-{label}
-
-{origin} Measured in float32:
-
-{format_summary(figures)}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{where}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{where}"{trust})
-ids = tokenizer("The history of", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True, top_k=50)[0]))
-```
-{limits}"""
+        return CARD.format(label="A GPT-NeoX, as Pythia is.", trust="", limits="", **facts)
+    label = str(type(model).__doc__).splitlines()[0]
+    return CARD.format(label=label, trust=", trust_remote_code=True", limits=LIMITS, **facts)
 
 
 def main() -> None:
