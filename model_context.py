@@ -27,8 +27,7 @@ remembered, once for all such layers: 5,120 numbers per token for the keys and v
 import functools
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -174,12 +173,8 @@ def init_context_linear(linear: nn.Linear, init: Init) -> None:
     if init == "normal":
         nn.init.normal_(linear.weight, std=WEIGHT_STD)
         nn.init.normal_(linear.bias, std=BIAS_STD)
-    elif init == "xavier":
-        nn.init.xavier_uniform_(linear.weight)
-    elif init == "kaiming":
-        nn.init.kaiming_uniform_(linear.weight)
     else:
-        raise ValueError(f"init={init!r} is not one of {', '.join(get_args(Init))}")
+        getattr(nn.init, f"{init}_uniform_")(linear.weight)
 
 
 # ------------------------------------------------------------- Phase 1: OACD, origin-anchored centroid dispersion
@@ -208,10 +203,10 @@ def first_contexts(num_tokens: int, context_dim: int) -> Tensor:
 
 
 def oacd_iteration(
-    block: ContextBlock, table: Tensor, tokens: Tensor, contexts: Tensor, optimizer: torch.optim.Optimizer | None, *,
-    batch_size: int, context_noise: float, centroid_weight: float, gradient_clip: float, convergence_threshold: float,
+    block: ContextBlock, table: Tensor, tokens: Tensor, contexts: Tensor, *, batch_size: int, context_noise: float,
+    centroid_weight: float, gradient_clip: float, convergence_threshold: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """One pass over all N tokens in parallel, one step of the optimizer if there is one -> loss, convergence rate.
+    """One pass over all N tokens in parallel -> loss, convergence rate; the block has its gradients where they are on.
 
     tokens (N,) and contexts (N, E), the last iteration's, then this one's, stay on the CPU and visit the device of the
     embedding table (V, C) a batch at a time. The token half is computed and differentiated once per distinct id.
@@ -228,18 +223,17 @@ def oacd_iteration(
         half: Any = F.embedding(where, token_half).detach().requires_grad_()
         new = block.step(shifted + context_noise * torch.randn_like(shifted), half)
         loss = oacd_loss(new, centroid_weight) / math.ceil(len(tokens) / batch_size)
-        if optimizer is not None:
+        if torch.is_grad_enabled():
             loss.backward()
             half_gradient.index_add_(0, where, half.grad)
         total_loss += loss.item()
         new = new.detach().cpu()
         rate += compute_convergence_rate(new, old, convergence_threshold) * len(old) / len(tokens)
         old.copy_(new)
-    if optimizer is not None:
+    if torch.is_grad_enabled():
         token_half.backward(half_gradient)
         if gradient_clip:
             nn.utils.clip_grad_norm_(block.parameters(), gradient_clip)
-        optimizer.step()
     return total_loss, rate
 
 
@@ -253,7 +247,7 @@ def settled_share(
         torch.manual_seed(0)  # the same start and noise for every model
         contexts = first_contexts(len(tokens), block.context_dim)
         for _ in range(max(iterations, SETTLING_PASSES)):
-            _, rate = oacd_iteration(block, table, tokens, contexts, None, batch_size=ROWS_AT_A_TIME, **frozen)
+            _, rate = oacd_iteration(block, table, tokens, contexts, batch_size=ROWS_AT_A_TIME, **frozen)
     return rate
 
 
@@ -444,17 +438,13 @@ if __name__ == "__main__":
     show(ContextPythiaModel(ContextPythiaConfig(**quarter, context_dim=64)), reference, pythia, text)
     config = ContextKVConfig(**quarter, context_dim=64, context_interval=4, max_contexts=5)
     show(ContextKVPythiaModel(config), reference, pythia, text)
-    block, contexts = ContextBlock(128, 64, 1, 1e-5, "normal", True), first_contexts(len(ids), 64)
-
-    def step() -> None:
-        for parameter in block.parameters():
-            gradient: Any = parameter.grad
-            parameter.data -= 0.003 * gradient.sign()
-
-    optimizer: Any = SimpleNamespace(step=step)  # train.py takes Adam, which imports PyTorch's compiler, for seconds
+    block: Any = ContextBlock(128, 64, 1, 1e-5, "normal", True)
+    contexts = first_contexts(len(ids), 64)
     recipe = {"context_noise": 0.05, "centroid_weight": 0.1, "gradient_clip": 2.0, "convergence_threshold": 0.03}
     for iteration in range(1, 21):
-        _, rate = oacd_iteration(block, pythia.embed_in.weight, ids, contexts, optimizer, batch_size=500, **recipe)
+        _, rate = oacd_iteration(block, pythia.embed_in.weight, ids, contexts, batch_size=500, **recipe)
+        for weight in block.parameters():  # train.py takes Adam, which imports PyTorch's compiler, for seconds
+            weight.data -= 0.003 * weight.grad.sign()
         if iteration in (1, 2, 5, 10, 20):
             rank = effective_rank(contexts)
             say(f"OACD, iteration {iteration}", f"effective rank {rank:.1f} of 64, {rate:.0%} settled")

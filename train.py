@@ -341,7 +341,8 @@ def train_phase1(s: Phase1Settings, model: Any, data: TokenFile, val_data: Token
             world.say(f"ContextBlock {number}: {len(tokens):,} tokens, {block.context_dim} wide")
             while iteration < s.max_iterations and rate < s.early_stopping_threshold:
                 started = time.perf_counter()
-                loss, rate = oacd_iteration(block, table, tokens, contexts, optimizer, **settings)
+                loss, rate = oacd_iteration(block, table, tokens, contexts, **settings)
+                optimizer.step()
                 seconds = time.perf_counter() - started
                 iteration, step, train_seconds = iteration + 1, step + 1, train_seconds + seconds
                 if not math.isfinite(loss):

@@ -226,9 +226,10 @@ def trained() -> tuple[Any, np.ndarray]:
         if rate >= 0.9:
             break
         _, rate = oacd_iteration(
-            block, table.weight, ids, contexts, optimizer,
+            block, table.weight, ids, contexts,
             batch_size=4000, context_noise=0.05, centroid_weight=0.1, gradient_clip=2.0, convergence_threshold=0.03,
         )  # fmt: skip
+        optimizer.step()
     assert rate >= 0.9
     return SimpleNamespace(context_blocks=[block], embed_in=table), text[4000:8000]
 
