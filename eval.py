@@ -252,8 +252,6 @@ def count_parameters(model: Any) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------ one model, all runs
-
-
 def evaluate_model(
     model: Any, val: TokenFile, block_size: int, batch_size: int, trained: list[Any], tasks: Sequence[str] = RUN_TASKS
 ) -> Figures:

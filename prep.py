@@ -163,7 +163,6 @@ def stream_hub(hub: str, config: str, split: str, revision: str | None) -> Itera
 
 
 # ------------------------------------------------------------------------------------------------------- text to tokens
-
 BATCH_DOCUMENTS = 16  # what a thread gets at a time
 Encoded = tuple[np.ndarray, str, str]  # a document's token ids, subset and split
 
@@ -225,7 +224,6 @@ def strew_sentences(source: Source, tokenizer: Tokenizer, settings: PrepSettings
 
 
 # -------------------------------------------------------------------------------------------------------- writing a set
-
 DATA_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in (".bin", "_doc_index.npy"))
 
 

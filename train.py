@@ -116,8 +116,6 @@ PHASES: dict[str, type[TrainSettings]] = {"lm": LMSettings, "phase1": Phase1Sett
 
 
 # ------------------------------------------------------------------------------ a language model, phases lm and phase2
-
-
 def train_language_model(s: LMSettings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder) -> None:
     """Next-token cross entropy, to the end or to a signal, which becomes the exit status."""
     world, head, checkpoint = folder.world, folder.head, folder.checkpoint
@@ -309,8 +307,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 # ------------------------------------------------------------------------------------------- Phase 1: ContextBlocks
-
-
 def train_phase1(s: Phase1Settings, model: Any, data: TokenFile, val_data: TokenFile, folder: RunFolder) -> None:
     """Each ContextBlock alone, without labels (OACD), to the end or to a signal, which becomes the exit status."""
     world, checkpoint = folder.world, folder.checkpoint
@@ -385,8 +381,6 @@ def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tenso
 
 
 # ------------------------------------------------------------------------------------------ how runs begin and end
-
-
 def open_run(job: Job, folder: RunFolder) -> tuple[Any, TokenFile, TokenFile] | None:
     """Model, training and validation tokens of a run, new or to go on with; None if it is finished already."""
     s, config, table, world = job.settings, job.model_config, None, folder.world
