@@ -1,16 +1,4 @@
-"""What eval.py measured, as tables and as report.md with pictures.
-
-results.json holds data and block_size (what all runs were scored on, in windows of how many tokens) and runs, of each:
-
-    run, model, checkpoint                which weights: as named to eval.py, class, file
-    settings, seed, steps, commit, data   how it was trained; data: tokenizer and digests of the token files
-    tokens_seen, parents                  with those of the runs that it started from, its parents
-    val_, position_, recall_, context_, reversal_, long_, cache_...    the figures of eval.py's functions
-    against                               loss less that of another run: run, loss, its interval's low and high, p
-    harness, not_measured                 "task metric" of lm-evaluation-harness -> value; task -> why not
-
-Losses are nats per token, bytes those of float32.
-"""
+"""What eval.py measured: tables, report.md with pictures, and results.json, which docs/evaluation.md explains."""
 
 import itertools
 import json

@@ -65,39 +65,34 @@ def plan(settings: CompareSettings) -> tuple[Runs, Path]:
 
 def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     """Train so many at a time, each after what it needs; what they print goes to folder. Those that succeeded."""
-    waiting, running, failed = dict(runs), dict[Path, subprocess.Popen[bytes]](), set[Path | None]()
-    said = {path: folder / f"{path.name}.txt" for path in runs}
+    running, ended = dict[Path, subprocess.Popen[bytes]](), dict[Path | None, int]({None: 0})  # with what status
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     bar = tqdm(total=len(runs), unit="run")
     try:
-        while waiting or running:
-            for path, (words, needs) in list(waiting.items()):
-                if needs in failed:
-                    tqdm.write(f"FAILED: {path}, not started, because what it needs failed", sys.stderr)
-                    failed.add(path)
-                    del waiting[path]
-                elif len(running) < processes and needs not in {*waiting, *running}:
-                    tqdm.write(f"python {' '.join(words)}")
-                    del waiting[path]
-                    command = [sys.executable, *words]
-                    with said[path].open("wb") as file:
-                        running[path] = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-            for path, process in list(running.items()):
-                if (status := process.poll()) is not None:
+        while bar.n < len(runs):
+            for path, (words, needs) in runs.items():
+                said, why = folder / f"{path.name}.txt", ""
+                if path in running and (status := running[path].poll()) is not None:
                     del running[path]
-                if status:
-                    last = said[path].read_text(errors="replace").rstrip().rpartition("\n")[2]
-                    tqdm.write(f"FAILED: {path}, exit status {status}, see {said[path]}: {last}", sys.stderr)
-                    failed.add(path)
-            if ended := len(runs) - len(waiting) - len(running) - bar.n:
-                bar.update(ended)
+                    ended[path], last = status, said.read_text(errors="replace").rstrip().rpartition("\n")[2]
+                    why = f"exit status {status}, see {said}: {last}" if status else ""
+                elif path not in {*running, *ended} and ended.get(needs):
+                    ended[path], why = 1, "not started, because what it needs failed"
+                elif path not in {*running, *ended} and needs in ended and len(running) < processes:
+                    tqdm.write(f"python {' '.join(words)}")
+                    with said.open("wb") as file:
+                        command = [sys.executable, *words]
+                        running[path] = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+                if why:
+                    tqdm.write(f"FAILED: {path}, {why}", sys.stderr)
+            bar.update(len(ended) - 1 - bar.n)
             time.sleep(0.2)
     finally:  # after Ctrl-C too: nothing outlives it
         bar.close()
         for process in running.values():
             process.terminate()
             process.wait()
-    return [path for path in runs if path not in failed]
+    return [path for path in runs if not ended[path]]
 
 
 def main() -> None:
