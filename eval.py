@@ -334,17 +334,17 @@ def main() -> None:
     (out_dir := Path(settings.out_dir)).mkdir(parents=True, exist_ok=True)
     lengths = np.diff(document_bounds(val)).ravel()
     rows: list[Figures] = []
-    scored: list[tuple[Any, str, np.ndarray]] = []  # seed, run, its loss on each document
+    first: dict[Any, tuple[str, np.ndarray]] = {}  # of each seed: run, its loss on each document
     for source, model, checkpoint in runs:
         print(f"scoring {source} on {val.path.parent} in windows of {block_size}", file=sys.stderr)
         trained = checkpoint["context_blocks"] if checkpoint else []
         row = about(source, model, checkpoint)
         row |= evaluate_model(model.to(device), val, block_size, settings.batch_size, trained, tasks)
         if (losses := row.pop("document_losses", None)) is not None:
-            of_this_seed = [each for each in scored if each[0] == row.get("seed")]
-            for _, other, theirs in [*of_this_seed, *scored][:1]:
+            if first:
+                other, theirs = first.get(row.get("seed"), next(iter(first.values())))
                 row["against"] = {"run": other, **compare_documents(losses, theirs, lengths)}
-            scored.append((row.get("seed"), source, losses))
+            first.setdefault(row.get("seed"), (source, losses))
         row |= harness.score(model, val.meta["tokenizer"], settings.data_dir, block_size, settings.batch_size)
         rows.append(row)
         model.cpu()  # the next one's peak is its own
