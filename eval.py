@@ -195,8 +195,9 @@ def evaluate_contexts(model: Any, tokens: np.ndarray, trained: list[dict[str, An
     together = torch.cat(contexts, dim=1)
     figures: Figures = {
         "context_effective_ranks": [effective_rank(each) for each in contexts],
-        "context_effective_rank": effective_rank(together),
-        "context_dim": together.size(1),
+        "context_effective_rank": (rank := effective_rank(together)),
+        "context_dim": (width := together.size(1)),
+        "context_rank_share": rank / width,
     }
     if len(trained) == len(contexts):
         figures["context_convergence_rates"] = [

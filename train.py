@@ -359,18 +359,12 @@ def train_phase1(s: Phase1Settings, model: Any, data: TokenFile, val_data: Token
             report |= {"num_tokens": s.num_tokens, "noise": s.context_noise, "threshold": s.convergence_threshold}
             reports.append(report)
             save(None)
-            world.say(f"converged {rate:.1%}, {share:.1%} as exact, {rank_text(rank, block.context_dim)}")
+            rank_share = f"effective rank {rank:.1f}/{block.context_dim} = {rank / block.context_dim:.1%}"
+            world.say(f"converged {rate:.1%}, {share:.1%} as exact, {rank_share}")
 
     heldout = evaluate_contexts(model, val_data.tokens, reports)
-    rates = ", ".join(f"{rate:.1%}" for rate in heldout["context_convergence_rates"])
-    side_by_side = rank_text(heldout["context_effective_rank"], heldout["context_dim"])
-    world.say(f"held-out tokens: converged {rates}, {side_by_side}")
-    folder.finish(train_seconds, {"steps": step, "blocks": reports, **heldout})
-    world.say(f"\ncheckpoint {folder.path / 'ckpt.pt'}\nnext: phase 2 with --init_from={folder.path}")
-
-
-def rank_text(rank: float, width: int) -> str:
-    return f"effective rank {rank:.1f}/{width} = {rank / width:.1%}"
+    world.say(format_summary(folder.finish(train_seconds, {"steps": step, "blocks": reports, **heldout})))
+    world.say(f"\nof held-out tokens; next: phase 2 with --init_from={folder.path}")
 
 
 def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tensor]:
@@ -455,8 +449,10 @@ def start_from(model: Any, job: Job, world: World) -> dict[str, Any]:
     new = [tensor for tensor, how in became.items() if how == "new"]
     if job.settings.phase == "phase2" and any(tensor.startswith("context_block") for tensor in new):
         raise InputError(f"init_from={name} holds no ContextBlock that fits this model")
+    lost = [tensor for tensor in source.state_dict() if tensor not in became] if type(source) is type(model) else []
     counts = Counter(became.values())
-    world.say(f"from {name}: {counts['copied']} tensors copied, {counts['converted']} converted; new: {', '.join(new)}")
+    world.say(f"from {name}: {counts['copied']} tensors copied, {counts['converted']} converted")
+    world.say(f"new: {', '.join(new) or 'none'}; left out: {', '.join(lost) or 'none'}")
     return checkpoint or {"data": {"tokenizer": "neox"}}
 
 

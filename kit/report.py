@@ -40,6 +40,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # header: figure, format, and of severa
     "contexts settled": ("context_convergence_rates", "{:.1%}"),
     "contexts' rank": ("context_effective_rank", "{:.1f}"),
     "of": ("context_dim", "{:.0f}"),
+    "share": ("context_rank_share", "{:.1%}"),
     "long PPL": ("long_ppl", "{:.1f}", AFTER_FIRST),
     "memory reset": ("long_ppl_reset", "{:.1f}", AFTER_FIRST),
     "cache B/token": ("cache_bytes_per_token", "{:,.1f}"),
