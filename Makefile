@@ -11,6 +11,9 @@ SIZE ?= laptop
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
+# PyTorch's and others' code is compiled once, not by every process that imports it
+unexport PYTHONDONTWRITEBYTECODE
+
 # several tests at a time share the cores
 test stress: export OMP_NUM_THREADS = 1
 
