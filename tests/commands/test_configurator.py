@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, checkpoint_of
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch._inductor.exc import InvalidCxxCompiler
 
-from configurator import MODELS, Job, Text, baseline_cache_bytes, check, load_source, parse_settings
+from configurator import MODELS, Job, Text, baseline_cache_bytes, check, parse_settings
 from configurator import parse_train as parse_command
 from eval import EvalSettings
 from kit.files import InputError, refusing, run
@@ -23,7 +23,7 @@ from kit.weights import model_args, settable
 from model_context import ContextKVConfig
 from model_mla import MLAConfig
 from prep import PrepSettings
-from pythia_base import PythiaConfig, PythiaModel
+from pythia_base import PythiaConfig
 from sample import SampleSettings
 from train import PHASES, LMSettings, Phase1Settings
 
@@ -44,18 +44,18 @@ def parse_files(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> J
     return parse_train(*paths, *overrides)
 
 
-def test_nothing_given_is_the_baseline() -> None:
+def test_from_the_baseline_to_the_command_line_the_last_word_counts(tmp_path: Path) -> None:
     assert parse_train() == Job(LMSettings(), PythiaConfig(), name="pythia", parent="", passed_over=[])
     assert parse_train("--model=mla").name == "mla", "what a baseline then finds in out/pythia is its own"
-
-
-def test_later_files_and_the_command_line_have_the_last_word(tmp_path: Path) -> None:
     texts = ["model = 'mla'\nkv_dim = 64\nbatch_size = 2", "max_iters = 1\nseed = 4", "max_iters = 3"]
     job = parse_files(tmp_path, *texts, overrides=("--seed=5", "--kv-dim=32", "--kv_dim=16"))
     assert job.settings == LMSettings(model="mla", batch_size=2, max_iters=3, seed=5)
     assert (job.model_config, job.name) == (MLAConfig(kv_dim=16), "a-b-c")
     job = parse_files(tmp_path, "model = 'mla'", "model = 'context'", overrides=("--model=pythia",))
     assert (job.settings, job.model_config) == (LMSettings(), PythiaConfig())
+    assert parse_settings(PrepSettings, ["--seed=3"]) == (PrepSettings(seed=3), [])
+    runs = ["out/a", "--batch_size=2", "out/b"]
+    assert parse_settings(EvalSettings, runs, takes="RUN") == (EvalSettings(batch_size=2), ["out/a", "out/b"])
 
 
 def test_an_experiment_wins_over_a_layer_in_any_order_and_the_command_line_over_both(tmp_path: Path) -> None:
@@ -83,25 +83,18 @@ def test_config_files_parse_alone_and_below_a_layer(name: str, layer: str) -> No
         assert narrow.model_config.hidden_size * 4 == alone.model_config.hidden_size
 
 
-def test_a_width_divisor_divides_every_width_and_nothing_else() -> None:
+def test_what_is_typed_becomes_what_it_stands_for(tmp_path: Path) -> None:
+    """A divisor divides every width and nothing else, a list is a config's tuple, a config its run under the layers."""
     config = parse_train(CONFIG / "mla_kv128.py", "--width_divisor=4").model_config
     assert config == MLAConfig(hidden_size=128, intermediate_size=512, kv_dim=32)
     assert baseline_cache_bytes(config, 1) == 6 * 2 * 128 * 4
-
-
-def test_a_config_in_the_place_of_a_source_stands_for_its_run_under_the_same_layers(tmp_path: Path) -> None:
+    config = parse_train("--model=context_kv", "--context_layers=[2,0]").model_config
+    assert config == ContextKVConfig(context_layers=(2, 0))
+    assert ContextKVConfig(**json.loads(json.dumps(model_args(config)))) == config, "also out of a checkpoint"
     job = parse_files(tmp_path, "phase = 'phase2'\nmodel = 'context'\ninit_from = 'config/phase1.py'", "seed = 3")
     assert job.settings.init_from == "out/phase1-b"
     assert job.parent == f"python train.py config/phase1.py {tmp_path / 'b.py'}"
 
-
-def test_other_scripts_take_settings_and_what_they_are_for() -> None:
-    assert parse_settings(PrepSettings, ["--seed=3"]) == (PrepSettings(seed=3), [])
-    runs = ["out/a", "--batch_size=2", "out/b"]
-    assert parse_settings(EvalSettings, runs, takes="RUN") == (EvalSettings(batch_size=2), ["out/a", "out/b"])
-
-
-# ---------------------------------------------------------------------------------------------------- keys and values
 
 Mode = Literal["auto", "fast"]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -113,13 +106,12 @@ GOOD: list[tuple[Any, Any, Any]] = [
     (Text(""), str, ""), (Text("fast"), Mode, "fast"), (Text("[1, 2]"), tuple[int, ...], (1, 2)),
     (1, float, 1.0), (None, float | None, None), ((0.5, 1), list[float], [0.5, 1.0]), (0, NonNegativeFloat, 0.0),
 ]  # fmt: skip
-BAD: list[tuple[Any, Any, str]] = [
-    (Text("1.5"), int, "integer"), (Text("1e3"), int, "integer"), (Text("True"), int, "integer"), (True, int, "int"),
-    (Text(""), int, "integer"), (Text("None"), int, "integer"), ("1", int, "integer"), (Text("nan"), float, "finite"),
-    (Text("1e999"), float, "finite"), (Text("True"), float, "number"), (True, float, "number"), (1, bool, "boolean"),
-    (Text("perhaps"), bool | None, "boolean"), (Text("fst"), Mode, "'auto' or 'fast'"), ([], Mode, "'auto' or 'fast'"),
-    (Text("[1, 2"), list[int], "JSON"), (Text("1"), list[int], "array"), (1, str, "string"), (True, str, "string"),
-    (Text("0"), PositiveInt, "greater than 0"), (-0.5, NonNegativeFloat, "equal to 0"), (1, Share, "less than 1"),
+BAD: list[tuple[Any, Any, str]] = [  # more of them, as typed: tests/damage/test_bad_input.py
+    (Text("1e3"), int, "integer"), (Text("True"), int, "integer"), (True, int, "int"), (Text(""), int, "integer"),
+    (Text("None"), int, "integer"), (Text("1e999"), float, "finite"), (Text("True"), float, "number"),
+    (True, float, "number"), (1, bool, "boolean"), (Text("perhaps"), bool | None, "boolean"),
+    ([], Mode, "'auto' or 'fast'"), (Text("[1, 2"), list[int], "JSON"), (Text("1"), list[int], "array"),
+    (1, str, "string"), (True, str, "string"), (-0.5, NonNegativeFloat, "equal to 0"), (1, Share, "less than 1"),
     (Text("9" * 5000), int, "has to be"),
 ]  # fmt: skip
 
@@ -134,12 +126,6 @@ def test_values_get_the_type_of_their_setting(value: Any, hint: Any, expected: A
 def test_values_of_another_type_or_out_of_range_are_refused(value: Any, hint: Any, named: str) -> None:
     with pytest.raises(InputError, match=f"key=.{{,100}}{re.escape(named)}"):
         check("key", value, hint)
-
-
-def test_a_list_is_a_config_s_tuple_also_out_of_a_checkpoint() -> None:
-    config = parse_train("--model=context_kv", "--context_layers=[2,0]").model_config
-    assert config == ContextKVConfig(context_layers=(2, 0))
-    assert ContextKVConfig(**json.loads(json.dumps(model_args(config)))) == config
 
 
 KEYS = st.sampled_from(sorted({name for cls in [*SETTINGS, *MODEL_CONFIGS] for name in settable(cls)}))
@@ -163,9 +149,8 @@ def test_a_command_line_and_a_config_file_parse_or_are_refused(
 
 
 @pytest.mark.parametrize("cls", [None, PrepSettings, EvalSettings, SampleSettings])
-def test_help_lists_every_key_once_with_type_default_and_comment(
-    cls: type | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_lists_every_key_once_as_the_source_has_it(cls: type | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """With type, default and comment."""
     with pytest.raises(SystemExit, match="0"):
         parse_settings(cls, ["--seed=2", "-h"]) if cls else parse_train("--seed=2", "--help")
     text = capsys.readouterr().out
@@ -174,46 +159,21 @@ def test_help_lists_every_key_once_with_type_default_and_comment(
     assert set(shown) == {name for c in ([cls] if cls else [*PHASES.values(), *MODEL_CONFIGS]) for name in settable(c)}
     if not cls:
         assert "  --kv_dim=128 (int)\n      width L of the latent, all that is cached" in text
-        assert """  --dtype="auto" (Literal["auto", "float32", "bfloat16", "float16"])\n""" in text
+        assert '  --dtype="auto" (Literal["auto", "float32", "bfloat16", "float16"])\n' in text
 
 
-# ------------------------------------------------------------------------------------------------ models and their runs
+ENDS = [
+    (InputError("one\ntwo"), 2, "error: one two\n"),
+    (OSError(errno.ENOSPC, "No space left", "out/ckpt.pt"), 2, "error: No space left: out/ckpt.pt; what was complete"),
+    (torch.OutOfMemoryError("not enough memory"), 2, "error: out of memory: a smaller batch or model is needed"),
+    (InvalidCxxCompiler(), 2, "error: torch.compile finds no C++ compiler: install one"),
+    (KeyboardInterrupt(), 130, ""),
+    (ValueError("a defect of the project"), None, ""),
+    (FileNotFoundError(errno.ENOENT, "not there"), None, ""),
+]
 
 
-def test_runs_and_hugging_face_folders_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
-    for name, own in (("pythia", {}), ("mla", {"kv_dim": 8})):
-        model = MODELS[name][1](MODELS[name][0](**SMALL, **own))
-        torch.save(checkpoint_of(name, model), tmp_path / "ckpt.pt")
-        for source in (tmp_path, tmp_path / "ckpt.pt"):
-            loaded, checkpoint = load_source(str(source))
-            assert (type(loaded), loaded.config) == (MODELS[name][1], model.config)
-            torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
-            assert checkpoint is not None
-            assert checkpoint["iter_num"] == 3
-    baseline = PythiaModel(PythiaConfig(**SMALL))
-    baseline.save_pretrained(tmp_path / "hf")
-    loaded, checkpoint = load_source(str(tmp_path / "hf"))
-    assert checkpoint is None
-    torch.testing.assert_close(loaded.state_dict(), baseline.state_dict(), atol=0, rtol=0)
-
-
-# -------------------------------------------------------------------------------------------------------- exit statuses
-
-FULL = OSError(errno.ENOSPC, "No space left", "out/ckpt.pt")
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [
-        (InputError("one\ntwo"), 2, "error: one two\n"),
-        (FULL, 2, "error: No space left: out/ckpt.pt; what was complete"),
-        (torch.OutOfMemoryError("not enough memory"), 2, "error: out of memory: a smaller batch or model is needed"),
-        (InvalidCxxCompiler(), 2, "error: torch.compile finds no C++ compiler: install one"),
-        (KeyboardInterrupt(), 130, ""),
-        (ValueError("a defect of the project"), None, ""),
-        (FileNotFoundError(errno.ENOENT, "not there"), None, ""),
-    ],
-)
+@pytest.mark.parametrize(("error", "status", "line"), ENDS)
 def test_errors_of_the_user_end_in_a_line_and_a_status_others_are_not_hidden(
     error: BaseException, status: int | None, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,8 +188,8 @@ def test_errors_of_the_user_end_in_a_line_and_a_status_others_are_not_hidden(
     assert shown.count("\n") == len(line.splitlines())
 
 
-@pytest.mark.parametrize("error", [InputError("no such run"), MemoryError(), KeyboardInterrupt()])
-def test_what_is_no_other_librarys_error_is_not_called_one(error: BaseException) -> None:
-    with pytest.raises(type(error)) as found, refusing("a file cannot be read"):
-        raise error
-    assert found.value is error
+def test_what_is_no_other_librarys_error_is_not_called_one() -> None:
+    for error in (InputError("no such run"), MemoryError(), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as found, refusing("a file cannot be read"):
+            raise error
+        assert found.value is error

@@ -57,80 +57,54 @@ def narrow(name: str) -> Any:
     return randomise(model_class(config_class(**widths)))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each architecture, with what the model gives for two rows of tokens."""
-    folders = {}
+def test_a_model_is_the_same_where_the_project_is_not(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    version, packages = request.config.getoption("--transformers"), tmp_path / "packages"
+    if version:
+        install = ["-m", "pip", "install", "--quiet", f"--target={packages}", f"transformers=={version}"]
+        subprocess.run([sys.executable, *install], check=True)
+    idx, given = torch.randint(50_277, (2, 40), generator=torch.Generator().manual_seed(1)), {}
     for name in MODELS:
-        model, folder = narrow(name), tmp_path_factory.mktemp("exported") / name
+        model, folder = narrow(name), tmp_path / name
         model.save_pretrained(folder)
         write_tokenizer("neox", str(ROOT / "data"), folder, model.config.max_position_embeddings)
-        idx = torch.randint(50_277, (2, 40), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            logits = model(idx)[0]
-        text = model.generate(idx, 24, temperature=0.0)
-        torch.save({"idx": idx, "logits": logits, "text": text}, folder / "expected.pt")
-        folders[name] = folder
-    return folders
-
-
-def test_a_model_is_the_same_where_the_project_is_not(
-    exported: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    version, path = request.config.getoption("--transformers"), tmp_path / "packages"
-    if version:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", f"--target={path}", f"transformers=={version}"]
-        subprocess.run(install, check=True)
-    command = [sys.executable, "-P", "-c", LOAD, *map(str, exported.values())]
-    environment = {**os.environ, "PYTHONPATH": str(path), "HF_HOME": str(tmp_path / "home")}
+            given[name] = {"idx": idx, "logits": model(idx)[0], "text": model.generate(idx, 24, temperature=0.0)}
+        torch.save(given[name], folder / "expected.pt")
+    command = [sys.executable, "-P", "-c", LOAD, *MODELS]
+    environment = {**os.environ, "PYTHONPATH": str(packages), "HF_HOME": str(tmp_path / "home")}
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
-    for name, folder in exported.items():
-        figures = found[str(folder)]
+    for name, figures in json.loads(ended.stdout.splitlines()[-1]).items():
         assert figures["class"] == ("GPTNeoXForCausalLM" if name == "pythia" else "ExportedModel")
         assert figures["off"] < 1e-5
         assert figures["ids"] == [12092, 1533]
         assert figures["greedy"]
         assert figures["beams"]
-        expected = torch.load(folder / "expected.pt")
-        logits, idx = expected["logits"], expected["idx"]
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(given[name]["logits"][:, :-1].flatten(0, 1), idx[:, 1:].flatten())
         assert figures["loss"] == pytest.approx(loss.item(), abs=1e-5)
         if name != "pythia":
             assert "padding" in figures["padded"]
             assert "inputs_embeds" in figures["unknown"]
 
 
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """A run of MLA, as train.py leaves one."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    torch.save(checkpoint_of("mla", narrow("mla"), commit="0123abcd"), folder / "ckpt.pt")
-    (folder / "summary.json").write_text(json.dumps({"val_ppl": 123.4, "val_accuracy": 0.256}))
-    return folder
-
-
-def test_a_run_becomes_a_folder_with_a_card(run_folder: Path, tmp_path: Path) -> None:
-    type_in("tools.export", run_folder, tmp_path / "new" / "mla", f"--data_dir={ROOT / 'data'}")
-    card = (tmp_path / "new" / "mla" / "README.md").read_text()
-    for fact in ("123.4", "25.6%", "0123abcd", "96 tokens of own", "trust_remote_code=True", "cache B/token"):
-        assert fact in card
-    assert str(tmp_path) not in card.replace(str(tmp_path / "new" / "mla"), ""), "a path of this machine"
-    assert (tmp_path / "new" / "mla" / "model.safetensors").is_file()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mla"]
-    torch.save(checkpoint_of("pythia", narrow("pythia")), run_folder / "ckpt.pt")
-    type_in("tools.export", run_folder, tmp_path / "pythia", f"--data_dir={ROOT / 'data'}")
-    card = (tmp_path / "pythia" / "README.md").read_text()
-    assert not re.search("trust_remote_code|its code|padding", card), "the baseline has no code of its own"
-
-
-def test_a_push_that_fails_leaves_the_folder(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_becomes_a_folder_with_a_card_also_if_its_push_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    words = run_folder, tmp_path / "mla", "--push_to_hub=me/mla", f"--data_dir={ROOT / 'data'}"
-    assert status_of("tools.export", *words) == 2
-    assert "me/mla" in capsys.readouterr().err
-    assert (tmp_path / "mla" / "README.md").is_file()
+    run, folder, options = tmp_path / "run", tmp_path / "new" / "mla", f"--data_dir={ROOT / 'data'}"
+    run.mkdir()
+    torch.save(checkpoint_of("mla", narrow("mla"), commit="0123abcd"), run / "ckpt.pt")
+    (run / "summary.json").write_text(json.dumps({"val_ppl": 123.4, "val_accuracy": 0.256, "checkpoint": str(run)}))
+    assert status_of("tools.export", run, folder, "--push_to_hub=me/mla", options) == 2
+    assert f"{folder} is whole, but me/mla cannot be pushed" in capsys.readouterr().err
+    card = (folder / "README.md").read_text()
+    for fact in ("123.4", "25.6%", "0123abcd", "96 tokens of own", '"me/mla", trust_remote_code=True', "cache B/token"):
+        assert fact in card
+    assert str(tmp_path) not in card, "a path of this machine"
+    assert (folder / "model.safetensors").is_file()
+    assert [path.name for path in folder.parent.iterdir()] == ["mla"]
+    torch.save(checkpoint_of("pythia", narrow("pythia")), run / "ckpt.pt")
+    type_in("tools.export", run, tmp_path / "pythia", options)
+    card = (tmp_path / "pythia" / "README.md").read_text()
+    assert f'from_pretrained("{tmp_path / "pythia"}")' in card
+    assert not re.search("trust_remote_code|its code|padding", card), "the baseline has no code of its own"

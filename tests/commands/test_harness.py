@@ -15,7 +15,7 @@ from conftest import ROOT, randomise, status_of, type_in
 
 import eval as evaluation
 from kit.files import InputError
-from kit.harness import INSTALL, find_tasks
+from kit.harness import INSTALL, Harness, find_tasks
 from kit.text import load_tokenizer, write_tokenizer
 from pythia_base import PythiaConfig, PythiaModel
 
@@ -43,6 +43,10 @@ def command(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     options = [f"--data_dir={data_dir}", "--dataset=own", f"--block_size={LENGTH}", "--device=cpu", "--batch_size=3"]
     return ["eval.py", "hf", *options, f"--include_path={ROOT / 'tasks'}"]
+
+
+def find(names: list[str]) -> Harness:
+    return find_tasks(names, evaluation.TASKS, str(ROOT / "tasks"))
 
 
 def losses(model: PythiaModel, ids: list[int], scored: int) -> torch.Tensor:
@@ -79,11 +83,9 @@ def test_figures_equal_plain_loops_on_local_files(
     if is_long:
         model.save_pretrained("exported")
         write_tokenizer("neox", str(data_dir), Path("exported"), model.config.max_position_embeddings)
-        options = (
-            f"run --model hf --model_args pretrained=exported,max_length={LENGTH} --device cpu --output_path theirs"
-        )
-        options += f" --tasks wikitext,lambada_openai --include_path {ROOT / 'tasks'}"
-        subprocess.run([sys.executable, "-m", "lm_eval", *options.split()], check=True, capture_output=True)
+        options = f"--model_args pretrained=exported,max_length={LENGTH} --include_path {ROOT / 'tasks'}"
+        options += " --model hf --device cpu --output_path theirs --tasks wikitext,lambada_openai"
+        subprocess.run([sys.executable, "-m", "lm_eval", "run", *options.split()], check=True, capture_output=True)
         theirs = json.loads(next(Path("theirs").rglob("*.json")).read_text())["results"]
         for name, value in found.items():
             task, metric = name.split()
@@ -93,13 +95,26 @@ def test_figures_equal_plain_loops_on_local_files(
 def test_without_the_harness_the_rest_is_measured(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And logiqa is not taken for 'long'."""
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    type_in(*command, "--tasks=cache,wikitext")
-    assert re.search(f"^wikitext: not measured: .*{INSTALL}$", capsys.readouterr().out, re.MULTILINE)
+    type_in(*command, "--tasks=cache,wikitext,logiqa")
+    said = capsys.readouterr().out
+    assert all(re.search(f"^{name}: not measured: .*{INSTALL}$", said, re.MULTILINE) for name in ("wikitext", "logiqa"))
     assert json.loads(Path("out/compare/results.json").read_text())["runs"][0]["cache_bytes"]
 
 
-def test_without_the_hub_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_task_is_refused_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the harness: tests/damage/test_bad_input.py."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    known = SimpleNamespace(all_tasks=["logiqa", "wikitext"], load=lambda names: None)
+    monkeypatch.setattr(tasks, "TaskManager", lambda **options: known)  # the real one lists 15,000
+    assert find(["logiqa", "wikitext"]).names == ["logiqa", "wikitext"]
+    for typed, meant in (("reversel", "reversal"), ("wikitexts", "wikitext")):
+        with pytest.raises(InputError, match=f"no task '{typed}', did you mean '{meant}'"):
+            find([typed])
+
+
+def test_without_the_hub_the_rest_is_measured_and_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = pytest.importorskip("lm_eval.tasks").TaskManager
 
     def no_hub(self: object, names: list[str]) -> None:
@@ -107,49 +122,30 @@ def test_without_the_hub_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -
             raise ConnectionError("Couldn't reach 'EleutherAI/wikitext_document_level' on the Hub")
 
     monkeypatch.setattr(manager, "load", no_hub)
-    harness = find_tasks(["wikitext", "lambada_openai"], evaluation.TASKS, str(ROOT / "tasks"))
+    harness = find(["wikitext", "lambada_openai"])
     assert harness.names == ["lambada_openai"]
     assert "Couldn't reach" in harness.not_measured["wikitext"]
-
-
-@pytest.mark.parametrize("is_installed", [False, True])
-def test_a_mistyped_task_is_refused_with_the_nearest_name(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if is_installed:
-        tasks = pytest.importorskip("lm_eval.tasks")
-        known = SimpleNamespace(all_tasks=["logiqa", "wikitext"], load=lambda names: None)
-        monkeypatch.setattr(tasks, "TaskManager", lambda **options: known)  # the real one lists 15,000
-        with pytest.raises(InputError, match="no task 'wikitexts', did you mean 'wikitext'"):
-            find_tasks(["wikitexts"], evaluation.TASKS, str(ROOT / "tasks"))
-    else:
-        monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    for name in ("logiqa", "wikitext"):  # the former is not taken for 'long'
-        harness = find_tasks([name], evaluation.TASKS, str(ROOT / "tasks"))
-        assert [*harness.names, *harness.not_measured] == [name]
-    with pytest.raises(InputError, match="no task 'reversel', did you mean 'reversal'"):
-        find_tasks(["reversel"], evaluation.TASKS, str(ROOT / "tasks"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("task: [own", r"own\.yaml cannot be read \(\w+Error: "),
-        ("task: own\ndataset_path: json\ndataset_kwargs:\n  data_files: gone.jsonl\n", "'own' cannot .*gone.jsonl"),
-        ("task: own\ndataset_path: json\ndoc_to_text: !function gone.f\n", "'own' cannot be read"),
-    ],
-)
-def test_a_broken_task_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        find_tasks(["own"], evaluation.TASKS, str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.1")
     with pytest.raises(InputError, match="lm-evaluation-harness is 0"):
-        find_tasks(["wikitext"], evaluation.TASKS, None)
+        find(["wikitext"])
+
+
+BROKEN = {  # a task file: what is said
+    "task: [own": r"own\.yaml cannot be read \(\w+Error: ",
+    "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files: gone.jsonl\n": "'own' cannot .*gone.jsonl",
+    "task: own\ndataset_path: json\ndoc_to_text: !function gone.f\n": "'own' cannot be read",
+    (ROOT / "tasks" / "lambada_openai.yaml").read_text().replace("lambada_openai", "own").replace("join", "jion"):
+        r"(own cannot be scored|'own' cannot be read)",  # a template is run only then
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_task_file_is_one_line(text: str, command: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(InputError, match=BROKEN[text]) as error:
+        type_in(*command[:-1], f"--include_path={tmp_path}", "--tasks=own")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.009, 0), (1.02, 2), (None, 2)])
@@ -163,12 +159,3 @@ def test_verify_holds_figures_against_published_ones(
     monkeypatch.setattr(evaluation, "find_tasks", lambda *_: SimpleNamespace(score=lambda *_: found))
     assert status_of(*command, "--verify") == status
     assert ("is not as published, to 1.0%" in capsys.readouterr().err) == (status != 0)
-
-
-def test_a_task_that_fails_while_it_is_scored_is_one_line(command: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    own = (ROOT / "tasks" / "lambada_openai.yaml").read_text().replace("lambada_openai", "own").replace("join", "jion")
-    (tmp_path / "own.yaml").write_text(own)
-    with pytest.raises(InputError, match=r"(own cannot be scored|'own' cannot be read)") as error:
-        type_in(*command[:-1], f"--include_path={tmp_path}", "--tasks=own")
-    assert "\n" not in str(error.value)

