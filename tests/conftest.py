@@ -29,22 +29,10 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48
 }  # fmt: skip
-TINY_LAYER = """
-hidden_size = 16
-num_layers = 2
-num_heads = 2
-intermediate_size = 32
-context_dim = 8
-num_tokens = 500
-batch_size = 4
-max_iterations = 2
-block_size = 32
-gradient_accumulation_steps = 1
-max_iters = {max_iters}
-eval_iters = 1
-device = 'cpu'
-"""
 TINY = ["--hidden_size=16", "--num_layers=2", "--num_heads=2", "--intermediate_size=32", "--block_size=32"]
+LAYER = [*TINY, "--context_dim=8", "--num_tokens=500", "--max_iterations=2", "--batch_size=4", "--eval_iters=1"]
+LAYER += ["--gradient_accumulation_steps=1", "--device='cpu'", "--max_iters={max_iters}"]
+TINY_LAYER = "\n".join(option.removeprefix("--") for option in LAYER)  # of a config file
 SHORT = ["--gradient_accumulation_steps=1", "--max_iters=12", "--eval_interval=4", "--eval_iters=2", "--warmup_iters=2"]
 UNTIMED = {"train_seconds", "tokens_per_s", "s", "source"}  # what differs between equal runs, and a path
 
@@ -81,6 +69,7 @@ def status_of(script: str, *words: object) -> int:
 
 def play(words: list[str], folder: Path, prepare: Callable[[], object] | None, output: Connection) -> None:
     """Be the process of a command line that is typed in a folder: of a script there or of the project's, or of -m."""
+    multiprocessing.current_process().daemon = False  # torchrun has children
     os.chdir(folder)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
@@ -180,19 +169,10 @@ def plain(value: Any) -> Any:
 
 def checkpoint_of(name: str, model: Any, /, **changes: Any) -> dict[str, Any]:
     """What train.py saves of a model of MODELS, as far as others read it."""
-    return {
-        "model": model.state_dict(),
-        "model_args": model_args(model.config),
-        "iter_num": 3,
-        "config": {"model": name, "phase": "lm", "dataset": "own", "block_size": 32, "seed": 1},
-        "data": {"tokenizer": "neox"},
-        "parents": [],
-        "tokens_seen": 96,
-        "train_seconds": 0.0,
-        "commit": "",
-        "context_blocks": [],
-        **changes,
-    }
+    known = {"model": model.state_dict(), "model_args": model_args(model.config), "iter_num": 3, "tokens_seen": 96}
+    known |= {"config": {"model": name, "phase": "lm", "dataset": "own", "block_size": 32, "seed": 1}}
+    known |= {"data": {"tokenizer": "neox"}, "parents": [], "train_seconds": 0.0, "commit": "", "context_blocks": []}
+    return known | changes
 
 
 def randomise(module: Any, std: float = 0.2) -> Any:

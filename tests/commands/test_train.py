@@ -8,8 +8,6 @@ import math
 import os
 import re
 import signal
-import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,10 @@ import train
 from configurator import MODELS, load_source
 from kit.contexts import context_cache
 from kit.files import InputError
-from kit.report import format_comparison
 from kit.runs import World, read_checkpoint
 from kit.text import get_reversal_pairs
 from kit.tokens import INDEX_DTYPE, Documents, TokenFile, Windows, load_tokens, window_batch
-from kit.weights import load_pretrained, model_args
+from kit.weights import model_args
 from model_context import effective_rank
 from model_infini import InfiniConfig, InfiniPythiaModel
 from prep import PrepSettings
@@ -312,18 +309,16 @@ MOMENTS = {  # what a run is cut off before
     "iteration": (train, "oacd_iteration"),
 }  # fmt: skip
 CUTS = {  # run -> one after the other, its moments, at which call since it was started, and whether a signal says so
-    "language model": [
+    "muon": [
         ("write", 1, False), ("write", 2, False), ("write", 3, False),  # config.json, best.pt and ckpt.pt of step 0
         ("batch", 2, True), ("batch", 2, False), ("batch", 2, True),  # steps 2, 2 and 4, which is evaluated
         ("validate", 1, False), ("write", 4, False),  # of step 8; between its two checkpoints
         ("batch", 8, True), ("write", 3, False),  # the last step; before summary.json
     ],
-    "muon": [("batch", 2, True), ("batch", 4, False)],
     # stretches end at steps 4 and 8, two micro-batches a step
     "documents": [("batch", 4, True), ("batch", 5, False), ("batch", 6, True), ("batch", 4, True), ("write", 3, False)],
     "phase 1": [("iteration", 2, False), ("iteration", 4, False), ("iteration", 1, True), ("iteration", 4, False)],
     "cascade phase 1": [("iteration", 3, True), ("iteration", 2, False), ("iteration", 3, False), ("write", 3, False)],
-    "phase 2": [("batch", 2, True), ("batch", 4, False)],
     "cascade phase 2": [("batch", 2, True), ("batch", 4, False)],
 }  # fmt: skip
 
@@ -357,7 +352,7 @@ def outcome(folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize("name", CUTS)
 def test_a_run_cut_off_at_any_moment_ends_as_if_it_had_not_been(name: str, start: Start, tmp_path: Path) -> None:
-    changes = {"phase 2": ["--max_iters=6"], "cascade phase 2": ["--max_iters=6"]}.get(name, [])
+    changes = ["--max_iters=6"] if name == "cascade phase 2" else []
     changes += [f"--max_iterations={3 if 'cascade' in name else 9}", "--checkpoint_interval=2"] if "1" in name else []
     whole = start(name, *changes).rename(tmp_path / "whole")
     for cut in CUTS[name]:
@@ -369,14 +364,17 @@ def test_a_run_cut_off_at_any_moment_ends_as_if_it_had_not_been(name: str, start
     assert len(losses(run) or outcome(run)[1]) == (9 if name == "phase 1" else 6 if "phase" in name else 12)
 
 
-def test_a_finished_run_says_so_and_is_not_touched(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    """It goes on, or is replaced, on demand."""
+def test_a_finished_run_is_not_touched_but_goes_on_is_replaced_and_starts_a_variant_on_demand(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = start("language model", "--max_iters=4")
     before, summary = {path: path.stat().st_mtime_ns for path in run.iterdir()}, summary_of(run)
     assert f"{summary['best_val_loss']:.4f}" in capsys.readouterr().out
     assert "val_loss" not in summary, "nothing but training was asked for"
     start("language model", "--max_iters=4")
     assert capsys.readouterr().out == f"{run} is finished after 4 steps; --overwrite=True trains it again\n"
+    with FileLock(run / ".lock"), pytest.raises(InputError, match="another process is training in"):
+        start("language model", "--overwrite=True")
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
     start("language model", "--init_from=resume", "--max_iters=6", "--dtype=float16")  # whose gradients are scaled
     assert len(losses(run)) == summary_of(run)["steps"] == 6
@@ -385,6 +383,11 @@ def test_a_finished_run_says_so_and_is_not_touched(start: Start, capsys: pytest.
     assert not (run / "summary.json").exists(), "its figures are not those of the weights"
     start("language model", "--max_iters=2", "--overwrite=True")
     assert len(losses(run)) == summary_of(run)["steps"] == 2
+    child = read_checkpoint(start("mla", f"--init_from={run}", "--max_iters=1", out="child"))
+    assert " 12 converted\nnew: " in capsys.readouterr().out
+    start("language model", f"--init_from={run}", "--num_layers=1", "--max_iters=0", out="shallow")
+    assert "new: none; left out: layers.1.input_layernorm.weight, " in capsys.readouterr().out
+    assert (child["parents"], child["tokens_seen"]) == ([str(run)], 3 * 4 * 32)
 
 
 def test_the_commands_of_the_readme(
@@ -397,7 +400,6 @@ def test_the_commands_of_the_readme(
     run, out = start("mla", "--final_eval=True"), tmp_path / "compare"
     said, summary = capsys.readouterr().out, summary_of(run)
     assert f"next: python sample.py {run} " in said
-    assert re.search(rf"long PPL +\| +{summary['long_ppl']['after 1']:.1f} ", said)
     assert "cache B/token" in say("eval.py", run, "--tasks=val,reversal,cache", f"--out_dir={out}")
     results = json.loads((out / "results.json").read_text())["runs"][0]
     assert results["cache_saved"]["2048"] == summary["cache_saved"]["2048"] == 0.875
@@ -410,17 +412,12 @@ def test_the_commands_of_the_readme(
     assert len({text.split("---")[0] for text in greedy}) == 1
 
 
-def test_figures_of_long_documents_reach_summary_and_comparison(
-    start: Start, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_on_documents_ends_with_their_ppl(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    """How a report shows it: test_report.py."""
     summary = summary_of(start("documents", "--max_iters=1", "--final_eval=True"))
-    assert re.search(rf"memory reset +\| +{summary['long_ppl_reset']['after 1']:.1f} ", capsys.readouterr().out)
-    run = {"run": "out/it", "data": {"train_sha256": ""}, **summary}
-    page = format_comparison({"data": "few", "block_size": 32, "runs": [run]})
-    lines = page.split("## Long documents")[1].splitlines()[4:7]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[0] for row in rows] == ["it", "it, memory reset", "tokens"]
-    assert [row[-1] for row in rows[:2]] == [f"{summary[key]['after 1']:.1f}" for key in ("long_ppl", "long_ppl_reset")]
+    said = capsys.readouterr().out
+    for name, key in (("long PPL", "long_ppl"), ("memory reset", "long_ppl_reset")):
+        assert re.search(rf"{name} +\| +{summary[key]['after 1']:.1f} ", said)
 
 
 # ------------------------------------------------------------------------------------------------- the run's folder
@@ -437,55 +434,50 @@ def test_the_log_is_shown_in_tensorboard_and_goes_on_there(start: Start) -> None
     assert shown.Scalars("loss")[0].value == pytest.approx(losses(run)[0])
 
 
-def test_a_library_to_log_to_that_is_missing_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"log_to='wandb' cannot be used .*: it takes pip install wandb"):
-        start("language model", "--log_to=wandb")
-
-
-def test_two_runs_cannot_share_a_folder(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(InputError, match="another process is training in"):
-        start("language model")
-
-
-def test_a_variant_starts_from_a_trained_run(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    run = start("language model")
-    child = start("mla", f"--init_from={run}", "--max_iters=1", out="child")
-    assert " 12 converted; new: " in capsys.readouterr().out
-    state = read_checkpoint(child)
-    assert state["parents"] == [str(run)]
-    assert state["tokens_seen"] == 13 * 4 * 32
-
-
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def join_two(rank: int, port: int) -> None:
-    """Be told what torchrun tells its processes; itself it is started in test_faults.py."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+DIES = """
+import os, signal, train
+from kit.files import run
+from kit.tokens import Documents
+
+def die(self, step, micro, batch=Documents.batch):
+    if self.world.rank == 1 and step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(self, step, micro)
+
+Documents.batch = die
+run(train.main)
+"""
+# its processes are forked from one that has imported everything
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--start-method=fork", "--run-path"]
 
 
-def test_two_processes_train_as_one(words: Words, start: Start, tmp_path: Path) -> None:
-    """Also their validation loss; and their memories come together in the checkpoint, and each gets its own back.
+def test_two_processes_train_as_one_and_end_together_when_one_is_killed(
+    words: Words, start: Start, tmp_path: Path
+) -> None:
+    """Their memories come together in the checkpoint, and each gets its own back, or one process gets them all.
 
     Two micro-batches a process; the last checkpoint before the cut stands within a stretch.
     """
     fixed, steps = ["--learning_rate=0.01", "--lr_decay_iters=7"], "--gradient_accumulation_steps="
     alone = start("documents", *fixed, "--batch_size=4", f"{steps}1", "--max_iters=7", out="alone")
     line = [*words("documents"), *fixed, "--batch_size=1", "--eval_iters=4", f"{steps}4", f"--out_dir={tmp_path}/run"]
-    for more in (["--max_iters=6"], ["--max_iters=7", "--init_from=resume"]):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        joined = [functools.partial(join_two, rank, port) for rank in (0, 1)]
-        for command in [Command(["train.py", *line, *more], tmp_path, join) for join in joined]:
-            command.succeed()
+    (tmp_path / "dies.py").write_text(DIES)
+    killed = Command([*TORCHRUN, str(tmp_path / "dies.py"), *line, "--max_iters=7"], tmp_path)
+    assert re.search(r"Signal 9 \(SIGKILL\) received by PID", killed.end())
+    assert killed.process.exitcode == 1
+    assert read_checkpoint(tmp_path / "run")["iter_num"] == 6
+    Command([*TORCHRUN, str(ROOT / "train.py"), *line, "--max_iters=7"], tmp_path).succeed()
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
     ours, theirs = read_checkpoint(tmp_path / "run"), read_checkpoint(alone)
     assert ours["best_val_loss"] == pytest.approx(theirs["best_val_loss"], abs=1e-5)
     assert len(ours["batches"]) == 3
     torch.testing.assert_close(ours["batches"], theirs["batches"], atol=1e-4, rtol=0)
     assert_same_training(ours, theirs)
+    type_in("train.py", *line, "--max_iters=8", "--init_from=resume")
+    assert len(losses(tmp_path / "run")) == 8
 
 
 # ---------------------------------------------------------------------------------------------------- both phases
@@ -555,18 +547,13 @@ def test_phase_1_takes_its_tokens_until_enough_contexts_have_settled(
         assert np.array_equal(tokens, stream.tokens[begin : begin + 600])
 
 
-def write_baseline(folder: Path, tokenizer: str) -> PythiaModel:
-    """What a trained baseline, 12 wide, leaves behind."""
-    model = PythiaModel(PythiaConfig(hidden_size=12, num_layers=1, num_heads=1, intermediate_size=8, rotary_pct=0.5))
-    folder.mkdir()
-    torch.save(checkpoint_of("pythia", model, data={"tokenizer": tokenizer}, tokens_seen=1234), folder / "ckpt.pt")
-    return model
-
-
 def test_the_cascade_on_the_table_of_a_run(
     start: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    baseline = write_baseline(tmp_path / "pythia", "neox")
+    config = PythiaConfig(hidden_size=12, num_layers=1, num_heads=1, intermediate_size=8, rotary_pct=0.5)
+    baseline = PythiaModel(config)
+    (tmp_path / "pythia").mkdir()
+    torch.save(checkpoint_of("pythia", baseline, tokens_seen=1234), tmp_path / "pythia" / "ckpt.pt")
     one = start("cascade phase 1", f"--embeddings={tmp_path / 'pythia'}", "--hidden_size=768", out="one")
     two = start("cascade phase 2", "--max_iters=1", f"--init_from={one}", "--final_eval=True", out="two")
     assert "accuracy" in capsys.readouterr().out
@@ -588,20 +575,12 @@ def test_the_cascade_on_the_table_of_a_run(
     assert summary_of(two)["context_effective_rank"] == pytest.approx(rank, rel=1e-3)
 
 
-def save_gpt2(folder: Path, kind: str = "GPT2LMHeadModel") -> Any:
-    """A small GPT-2 in Hugging Face's layout."""
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "GPT2Model"])
+def test_the_table_of_a_gpt2_folder_is_read(kind: str, tmp_path: Path) -> None:
+    """Of a model with its head, and of one without; older layouts: test_pythia.py."""
     config = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=12, n_layer=1, n_head=2)
     model = getattr(transformers, kind)(config)
-    model.save_pretrained(folder)
-    return model
-
-
-def test_a_gpt2_folder_is_read(tmp_path: Path) -> None:
-    """Of a model with its head, of one without, and that in the older layout."""
-    for kind in ("GPT2LMHeadModel", "GPT2Model"):
-        model = save_gpt2(tmp_path / kind, kind)
-        table = load_pretrained(str(tmp_path / kind), "gpt2", "GPT2Model").wte.weight
-        assert torch.equal(table, model.get_input_embeddings().weight)
-    (tmp_path / kind / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / kind / "pytorch_model.bin")
-    assert torch.equal(load_pretrained(str(tmp_path / kind), "gpt2", "GPT2Model").wte.weight, model.wte.weight)
+    model.save_pretrained(tmp_path)
+    table, source = train.load_table(str(tmp_path))
+    assert torch.equal(table, model.get_input_embeddings().weight)
+    assert source["data"] == {"tokenizer": "gpt2"}  # by which other tokens are refused
