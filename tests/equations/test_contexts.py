@@ -19,13 +19,14 @@ import torch
 from conftest import ROOT, checkpoint_of, type_in
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_context import settle
 from torch import nn
 
 import prep
 from kit.contexts import ContextSettings, Recurrence, context_cache, window_contexts, window_error
 from kit.files import InputError
 from kit.tokens import TokenFile
-from model_context import ContextBlock, ContextPythiaConfig, ContextPythiaModel, first_contexts, oacd_iteration
+from model_context import ContextBlock, ContextPythiaConfig, ContextPythiaModel, reference_contexts
 
 VOCAB, WIDTH = 300, 64
 LANES = {"overlap": 50, "chunk_tokens": 800}  # 16 lanes of 50 tokens
@@ -46,9 +47,9 @@ SLOW = make_block(recurrent=0.5, token=1.0)  # forgets in about 500 tokens
 EXPANSIVE = make_block(recurrent=4.0, token=1.0, width=2 * WIDTH)  # the smallest difference grows
 
 
-def make_model(*blocks: ContextBlock) -> Any:
+def make_model(*blocks: ContextBlock, width: int = WIDTH) -> Any:
     torch.manual_seed(1)
-    return SimpleNamespace(context_blocks=list(blocks), embed_in=nn.Embedding(VOCAB, WIDTH))
+    return nn.ModuleDict({"context_blocks": nn.ModuleList(blocks), "embed_in": nn.Embedding(VOCAB, width)})
 
 
 def token_file(folder: Path, tokens: np.ndarray) -> TokenFile:
@@ -74,26 +75,19 @@ def build(tmp_path: Path) -> Build:
 
 
 @torch.no_grad()
-def module_calls(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """The contexts by calls of the modules, token by token from zero, the blocks side by side."""
-    states = [model.embed_in.weight.new_zeros(1, block.context_dim) for block in model.context_blocks]
-    contexts = []
-    for token in torch.from_numpy(tokens.astype(np.int64)):
-        states = [block(c, model.embed_in(token)[None]) for block, c in zip(model.context_blocks, states, strict=True)]
-        contexts.append(torch.cat(states, dim=1))
-    return torch.cat(contexts).numpy()
+def plain_loop(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """The contexts token by token from zero, the blocks side by side."""
+    embeddings = model.embed_in(torch.from_numpy(tokens.astype(np.int64)))
+    return torch.cat([reference_contexts(block, embeddings) for block in model.context_blocks], dim=1).numpy()
 
 
 def error(model: Any, cache: np.ndarray, tokens: np.ndarray) -> float:
-    return float(np.abs(cache - module_calls(model, tokens)).max())
+    return float(np.abs(cache - plain_loop(model, tokens)).max())
 
 
 def times_float32(model: Any, cache: np.ndarray, tokens: np.ndarray, order: float) -> float:
     """How many times as far from a loop in float64 the contexts are as a loop in float32, in this norm."""
-    in_float64 = copy.deepcopy(model)
-    for module in (*in_float64.context_blocks, in_float64.embed_in):
-        module.double()
-    exact, loop = (module_calls(each, tokens) for each in (in_float64, model))
+    loop, exact = plain_loop(model, tokens), plain_loop(copy.deepcopy(model).double(), tokens)
     ours, theirs = (np.linalg.norm((contexts - exact).ravel(), order) for contexts in (cache, loop))
     assert ours > 0
     return float(ours / theirs)
@@ -108,8 +102,6 @@ def names(folder: Path) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------------- exactness
-
-
 STREAM = random_tokens(1500, seed=4)
 
 
@@ -121,7 +113,7 @@ def slow_and_deep() -> tuple[Any, np.ndarray]:
     for linear in deep.linears:
         linear.weight[:, 40:] *= 4  # it forgets, so that rounding stays small
     model = make_model(SLOW, deep)
-    return model, module_calls(model, STREAM)
+    return model, plain_loop(model, STREAM)
 
 
 @settings(max_examples=8, deadline=None)
@@ -147,9 +139,7 @@ def test_any_cut_gives_the_plain_loop(num_tokens: int, overlap: int, chunk_token
 
 @pytest.mark.parametrize("overlap", [1, 25, 100])
 @pytest.mark.parametrize(("scales", "order"), [((1.0, 4.0), np.inf), ((0.5, 1.0), 2), ((0.7, 1.0), 2)])
-def test_lanes_are_as_exact_as_float32_is(
-    build: Build, monkeypatch: Any, scales: Any, order: float, overlap: int
-) -> None:
+def test_lanes_are_as_exact_as_float32(build: Build, monkeypatch: Any, scales: Any, order: float, overlap: int) -> None:
     """The promise: no more than twice as far from a loop in float64 as the loop in float32 is.
 
     Of a block that magnifies rounding for a while, the largest error is a matter of chance: two float32 loops, of
@@ -212,31 +202,13 @@ def test_an_expansive_block_goes_on_in_order(build: Build, capsys: pytest.Captur
 
 
 # ---------------------------------------------------------------------------------------------------- without a cache
-
-
-@pytest.fixture
-def trained() -> tuple[Any, np.ndarray]:
-    """A small block as phase 1 leaves it, trained on the bytes of the README; and later ones, never seen."""
+def test_windows_of_a_trained_block_are_those_of_the_cache(build: Build) -> None:
+    """It forgets within the overlap; with one of 5 tokens it has not. Its lanes are as exact as float32 is."""
     text = np.frombuffer((ROOT / "README.md").read_bytes(), dtype=np.uint8).astype(np.uint16)
     torch.manual_seed(0)
-    block, table = ContextBlock(256, WIDTH, 1, 1e-5, "normal", embed_norm=True), nn.Embedding(VOCAB, 256)
-    ids, contexts, rate = torch.from_numpy(text[:4000].astype(np.int64)), first_contexts(4000, WIDTH), 0.0
-    optimizer = torch.optim.Adam(block.parameters(), lr=0.003)
-    for _ in range(50):
-        if rate >= 0.9:
-            break
-        _, rate = oacd_iteration(
-            block, table.weight, ids, contexts,
-            batch_size=4000, context_noise=0.05, centroid_weight=0.1, gradient_clip=2.0, convergence_threshold=0.03,
-        )  # fmt: skip
-        optimizer.step()
-    assert rate >= 0.9
-    return SimpleNamespace(context_blocks=[block], embed_in=table), text[4000:8000]
-
-
-def test_windows_of_a_trained_block_are_those_of_the_cache(build: Build, trained: tuple[Any, np.ndarray]) -> None:
-    """The block forgets within the overlap; with one of 5 tokens it has not. Lanes are as exact as float32 is."""
-    model, tokens = trained
+    block, tokens = ContextBlock(256, WIDTH, 1, 1e-5, "normal", embed_norm=True), text[4000:8000]
+    model = make_model(block, width=256)
+    settle(block, model.embed_in.weight, torch.from_numpy(text[:4000].astype(np.int64)))
     cache = build(model, tokens, overlap=100, chunk_tokens=2500)
     assert times_float32(model, cache, tokens, np.inf) <= 2
     starts = np.array([0, 1, 99, 100, 101, 2456, 2460, len(tokens) - 60])
@@ -262,8 +234,6 @@ def test_windows_near_the_start_are_exact() -> None:
 
 
 # ---------------------------------------------------------------------------------------- interrupted, stale, half
-
-
 @pytest.mark.parametrize("chunks_before", [0, 1, 3])
 def test_an_interrupted_build_goes_on(build: Build, tmp_path: Path, monkeypatch: Any, chunks_before: int) -> None:
     """With the second of two blocks undone in the chunk of the interruption, and half a chunk in the file."""
@@ -290,16 +260,20 @@ def test_an_interrupted_build_goes_on(build: Build, tmp_path: Path, monkeypatch:
     assert names(tmp_path) == {path.name, path.with_suffix(".json").name}
 
 
-def test_a_complete_cache_is_read(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_cache_is_read_and_half_of_one_is_made_again(build: Build, capfd: Any) -> None:
     """By the second of two builders; by another run of the same weights, too, and wherever its chunks would be cut."""
     model = make_model(make_block())
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: build(model, 2000), range(2))
     assert np.array_equal(one, other)
-    out = capfd.readouterr().out
-    assert (out.count(f"building {path_of(one)}\n"), out.count(f"reading {path_of(one)}\n")) == (1, 1)
+    out, path, expected = capfd.readouterr().out, path_of(one), one.tobytes()
+    assert (out.count(f"building {path}\n"), out.count(f"reading {path}\n")) == (1, 1)
     build(model, 2000, init_from="out/copy", chunk_tokens=300)
-    assert capfd.readouterr().out == f"reading {path_of(one)}\n"
+    assert capfd.readouterr().out == f"reading {path}\n"
+    for damage in (lambda: path.write_bytes(bytes(8)), path.unlink):
+        damage()
+        assert build(model, 2000).tobytes() == expected
+        assert path.with_suffix(".json").exists()
 
 
 @pytest.mark.parametrize(
@@ -313,7 +287,7 @@ def test_a_complete_cache_is_read(build: Build, capfd: pytest.CaptureFixture[str
         (lambda model: model.context_blocks[0].linears[0].bias.add_(0.01), 5),
     ],
 )
-def test_other_weights_or_tokens_make_caches_stale(
+def test_of_other_weights_or_tokens_it_is_stale(
     build: Build, tmp_path: Path, capsys: Any, change: Any, seed: int
 ) -> None:
     """Those of all settings, whole or half, and none of another run."""
@@ -334,27 +308,15 @@ def test_other_weights_or_tokens_make_caches_stale(
     assert names(tmp_path) == left | {*damaged}
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(bytes(8)), Path.unlink])
-def test_half_a_cache_is_not_taken_for_whole(build: Build, damage: Callable[[Path], object]) -> None:
-    model = make_model(make_block())
-    path = path_of(build(model, 900))
-    expected = path.read_bytes()
-    damage(path)
-    assert path_of(build(model, 900)).read_bytes() == expected
-    assert path.with_suffix(".json").exists()
-
-
 # ------------------------------------------------------------------------------------------- the command, bad input
-
-
 def test_the_command_makes_both_splits_of_the_runs_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, run, sizes = tmp_path / "data" / "own", tmp_path / "run", {"train": 500, "val": 130}
     folder.mkdir(parents=True)
-    meta: dict[str, Any] = {"files": {}, "n_vocab": VOCAB, "tokenizer": "neox"}
     for split, num_tokens in sizes.items():
         random_tokens(num_tokens).tofile(folder / f"{split}.bin")
         (folder / f"{split}_doc_index.npy").touch()
-        meta["files"] |= {name: prep.describe(folder / name) for name in (f"{split}.bin", f"{split}_doc_index.npy")}
+    files = {path.name: prep.describe(path) for path in folder.iterdir()}
+    meta = {"files": files, "n_vocab": VOCAB, "tokenizer": "neox"}
     (folder / "meta.json").write_text(json.dumps(meta))
     run.mkdir()
     model = ContextPythiaModel(ContextPythiaConfig(VOCAB, 32, num_layers=1, num_heads=2, context_dim=24))
@@ -363,8 +325,8 @@ def test_the_command_makes_both_splits_of_the_runs_dataset(tmp_path: Path, capsy
     for more, said in (([], "building"), (["--dataset=own"], "reading")):
         type_in(*words, *more)
         assert capsys.readouterr().out.count(said) == 2
-    files = {path.stem.rpartition("_")[2]: path.stat().st_size for path in folder.glob("contexts_*.bin")}
-    assert files == {split: num_tokens * 24 * 4 for split, num_tokens in sizes.items()}
+    made = {path.stem.rpartition("_")[2]: path.stat().st_size for path in folder.glob("contexts_*.bin")}
+    assert made == {split: num_tokens * 24 * 4 for split, num_tokens in sizes.items()}
 
 
 def test_what_cannot_be_made_is_refused(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,29 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tokens
+from conftest import in_chunks, make_tokens, randomise
 from test_models import make_model
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 from configurator import MODELS
 from kit import fast
-from kit.fast import (
-    LOSS_ROWS,
-    MOST_ROWS,
-    TURNED_ROWS,
-    head_loss,
-    next_token_loss,
-    prepare_decoding,
-    round_weights,
-    row_linear,
-    score_tokens,
-)
-from model_context import ContextBlock
+from kit.fast import LOSS_ROWS, MOST_ROWS, TURNED_ROWS, head_loss, prepare_decoding, row_linear, score_tokens
+from model_context import ContextBlock, reference_contexts
 from pythia_base import PythiaConfig, rotate
 
 # ------------------------------------------------------------------------------------------- the loss without logits
-
 IGNORED: dict[str, slice] = {"none": slice(0), "some": slice(3, None, 2), "a-whole-chunk": slice(0, LOSS_ROWS + 3)}
 
 
@@ -57,14 +46,20 @@ def plain_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
-def test_head_loss_is_cross_entropy(ignored: slice) -> None:
-    """In value, with and without gradients, in both gradients, and with a frozen head."""
+def test_head_loss_and_scores_are_cross_entropy(ignored: slice) -> None:
+    """In value, with and without gradients, in both gradients, and with a frozen head; and token by token."""
     head = make_head(ignored)
     expected = loss_and_gradients(plain_loss, *head)
     torch.testing.assert_close(loss_and_gradients(head_loss, *head), expected, atol=1e-6, rtol=1e-5)
     h, weight, targets = head
     with torch.no_grad():
         torch.testing.assert_close(head_loss(h, weight, targets), expected[0], atol=1e-6, rtol=1e-5)
+    losses, right = score_tokens(h, weight, targets)
+    logits = h.double() @ weight.double().T
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    torch.testing.assert_close(losses.double(), each, atol=1e-5, rtol=0)
+    assert torch.equal(right, logits.argmax(-1) == targets)
+    assert not score_tokens(torch.zeros_like(h), weight, targets)[1].any(), "all alike is not the likeliest"
     without_targets = make_head(slice(None))
     assert not any(result.any() for result in loss_and_gradients(head_loss, *without_targets))
     (3 * head_loss(h.requires_grad_(), weight, targets)).backward()
@@ -87,26 +82,14 @@ def test_head_loss_under_autocast_is_cross_entropy_of_rounded_inputs(dtype: torc
     with torch.autocast("cpu", dtype=dtype):
         value, dh, dw = loss_and_gradients(head_loss, h, weight, targets)
     logits = (h.to(dtype) @ weight.to(dtype).T).flatten(0, 1)
-    torch.testing.assert_close(value, next_token_loss(logits, targets), atol=1e-5, rtol=0)
+    torch.testing.assert_close(value, fast.next_token_loss(logits, targets), atol=1e-5, rtol=0)
     _, expected_dh, expected_dw = loss_and_gradients(plain_loss, h, weight, targets)
     for gradient, expected in ((dh, expected_dh), (dw, expected_dw)):
         assert gradient.dtype == torch.float32
         assert (gradient - expected).norm() < 0.02 * expected.norm()
 
 
-def test_scores_of_tokens() -> None:
-    h, weight, targets = make_head(IGNORED["some"])
-    losses, right = score_tokens(h, weight, targets)
-    logits = h.double() @ weight.double().T
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
-    assert torch.equal(right, logits.argmax(-1) == targets)
-    assert not score_tokens(torch.zeros_like(h), weight, targets)[1].any(), "all alike is not the likeliest"
-
-
 # ------------------------------------------------------------------------------------- decoding, by kit/decode.cpp
-
-
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The compiled kernels, for one test."""
@@ -125,13 +108,15 @@ def test_a_product_with_a_few_rows(kernels: Any, shape: tuple[int, int, int], dt
     torch.testing.assert_close(kernels.linear(x, W, b).double(), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1, TURNED_ROWS, TURNED_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1, TURNED_ROWS, TURNED_ROWS + 1])
 @torch.no_grad()
-def test_a_product_with_any_number_of_rows(kernels: Any, rows: int, with_bias: bool) -> None:
-    """In any of its forms it is F.linear, of a part of a wider x and of a wider matrix."""
-    x, W, b = torch.randn(rows, 1, 70)[..., 3:], torch.randn(33, 70)[:, 3:], torch.randn(33) if with_bias else None
-    torch.testing.assert_close(row_linear(x, W, b), F.linear(x, W, b), atol=1e-4, rtol=1e-5)
+def test_a_product_and_gelu_with_any_number_of_rows(kernels: Any, rows: int) -> None:
+    """In any of their forms they are PyTorch's, of a part of a wider x and of a wider matrix."""
+    x, W = torch.randn(rows, 1, 70)[..., 3:], torch.randn(33, 70)[:, 3:]
+    for b in (None, torch.randn(33)):
+        torch.testing.assert_close(row_linear(x, W, b), F.linear(x, W, b), atol=1e-4, rtol=1e-5)
+    x = 3 * torch.randn(rows, 1, 2050)[..., 1:]
+    torch.testing.assert_close(fast.gelu(x).double(), x.double() * torch.special.ndtr(x.double()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,33 +151,19 @@ def test_rope_of_many_rows_and_far_away(kernels: Any, monkeypatch: pytest.Monkey
     torch.testing.assert_close(turned, rotate(x, positions, config), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1])
-@torch.no_grad()
-def test_gelu_of_any_number_of_rows(kernels: Any, rows: int) -> None:
-    """By a kernel or not, of a part of wider rows."""
-    x = 3 * torch.randn(rows, 1, 2050)[..., 1:]
-    torch.testing.assert_close(fast.gelu(x).double(), x.double() * torch.special.ndtr(x.double()), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("num_layers", [1, 2])
 @torch.no_grad()
 def test_the_recurrence_of_several_rows(kernels: Any, num_layers: int) -> None:
     """From zero and from a state, in widths that fill no register, with a LayerNorm that scales and shifts."""
-    block, embeddings = ContextBlock(20, 13, num_layers, 1e-5, "normal", True), torch.randn(3, 40, 20)
-    for norm in block.norms:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    for c in (None, torch.randn(3, 13)):
-        contexts, state = block.recurrence(embeddings, c), torch.zeros(3, 13) if c is None else c
-        for t in range(40):
-            state = block.double()(state.double(), embeddings[:, t].double())
-            torch.testing.assert_close(contexts[:, t].double(), state, atol=1e-4, rtol=1e-4)
-        block.float()
+    block, embeddings = randomise(ContextBlock(20, 13, num_layers, 1e-5, "normal", True)), torch.randn(3, 40, 20)
+    contexts = block.recurrence(embeddings, None)
+    continued = block.recurrence(embeddings[:, 17:], contexts[:, 16])
+    expected = torch.stack([reference_contexts(block.double(), row) for row in embeddings.double()])
+    for ours, exact in ((contexts, expected), (continued, expected[:, 17:])):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
 
 
-def test_every_model_decodes_the_same_after_prompts_of_any_length(
-    monkeypatch: pytest.MonkeyPatch, kernels: Any
-) -> None:
+def test_every_model_decodes_the_same_after_prompts_of_any_length(monkeypatch: Any, kernels: Any) -> None:
     """One row and several; nothing is compiled for a model, a length or a number of rows."""
     builds: list[Any] = []
     monkeypatch.setattr(subprocess, "run", lambda *words, **_: builds.append(words))
@@ -201,9 +172,7 @@ def test_every_model_decodes_the_same_after_prompts_of_any_length(
         with torch.no_grad():
             full = model(idx)[0]
             prepare_decoding(model)
-            cache = model.init_cache(num_rows, 41)
-            chunks = idx.split([prompt, *[1] * (41 - prompt)], dim=1)
-            logits = torch.cat([model(chunk, cache=cache)[0] for chunk in chunks], dim=1)
+            logits = in_chunks(model, idx, prompt, *[1] * (41 - prompt))
         torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
     assert not builds
 
@@ -218,7 +187,7 @@ def test_rounded_weights_give_the_text_of_float32_with_them(name: str, kernels: 
         if weight.dim() == 2:
             weight.copy_(weight.bfloat16())
     prepare_decoding(model)
-    round_weights(model)
+    fast.round_weights(model)
     assert torch.equal(model.generate(idx, 20, temperature=0), plain.double().generate(idx, 20, temperature=0))
     assert not torch.equal(model(idx)[0], before)
     cache = copy.deepcopy(model).bfloat16().init_cache(2, 12)
@@ -228,9 +197,7 @@ def test_rounded_weights_give_the_text_of_float32_with_them(name: str, kernels: 
     assert not model(idx[:, :1])[0].any()
 
 
-def test_without_a_compiler_it_says_so_and_decodes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_compiler_it_says_so_and_decodes(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """Nor with one that fails; no half a library is left."""
     monkeypatch.setattr(fast, "kernels", None)
     monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))

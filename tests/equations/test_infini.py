@@ -1,29 +1,28 @@
 """Infini-Pythia's memory, and what implementations of it get wrong; what holds for every model is in test_models.py."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_models
 import torch
-from conftest import SMALL, make_tokens, randomise
-from test_models import CONFIGS
+from conftest import make_tokens
+from test_models import CONFIGS, build, make_baseline
 from torch import Tensor
 
-from model_infini import InfiniAttention, InfiniConfig, InfiniPythiaModel, Memory, phi, reference_memory, retrieve
-from pythia_base import PythiaConfig, PythiaModel, SelfAttention
+from model_infini import InfiniAttention, InfiniConfig, Memory, phi, reference_memory, retrieve
+from pythia_base import SelfAttention
 
 S, C, H, D = 4, 32, 4, 8
-MODES: Any = {name: config for name, config in CONFIGS.items() if isinstance(config, InfiniConfig)}
-every_mode = pytest.mark.parametrize("mode", MODES)
+every_mode = pytest.mark.parametrize("mode", [n for n, config in CONFIGS.items() if isinstance(config, InfiniConfig)])
 
 
-def make_config(mode: str, **changes: Any) -> InfiniConfig:
-    return replace(MODES[mode], **{"segment_len": S} | changes)
+def make_model(mode: str, **changes: Any) -> Any:
+    return test_models.make_model(mode, std=0.3, segment_len=S, **changes)
 
 
 def make_attention(mode: str) -> InfiniAttention:
-    return randomise(InfiniAttention(make_config(mode)), std=0.3)
+    return make_model(mode).layers[0].attention
 
 
 def make_input(B: int, T: int) -> Tensor:
@@ -31,8 +30,6 @@ def make_input(B: int, T: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- the equations
-
-
 @every_mode
 def test_output_and_gradients_are_those_of_the_plain_loop(mode: str) -> None:
     """Through reads, writes and what the delta rule reads before it writes: nothing is detached within a pass."""
@@ -59,6 +56,7 @@ def test_a_normaliser_of_0_reads_0_and_its_gradient_is_finite(mode: str) -> None
     assert all(gradient.isfinite().all() for gradient in [*gradients, *torch.autograd.grad(A.sum(), low)])
 
 
+# ---------------------------------------------------------------- by hand, what the plain loop could have wrong as well
 @every_mode
 def test_nothing_of_a_segment_is_seen_within_it(mode: str) -> None:
     attention, x = make_attention(mode), make_input(1, 3 * S)
@@ -67,9 +65,6 @@ def test_nothing_of_a_segment_is_seen_within_it(mode: str) -> None:
     difference = (attention(changed, 0, None) - before).abs().amax(dim=(0, 2))
     assert not difference[[*range(S + 1), *range(S + 2, 2 * S)]].any()
     assert (difference[2 * S :] > 1e-4).all()
-
-
-# --------------------------------------------------------------------------------------------- mixing and forgetting
 
 
 def read_back(attention: InfiniAttention, q: Tensor, k: Tensor, num_segments: int) -> Tensor:
@@ -98,13 +93,6 @@ def test_relevance_is_each_querys_own() -> None:
     assert (A[1::2, 1] > 0.9).all()
 
 
-def test_banks_start_with_equal_shares() -> None:
-    """After three segments bank 0 holds two, bank 1 one, bank 2 none: a half each, nothing for the empty one."""
-    attention, ones = InfiniAttention(make_config("infini-banks", use_delta_rule=False)), torch.ones(1, H, 4 * S, D)
-    expected = torch.tensor([0.25, 0.25, 0.5, 0, 0, 0, 0, 0]).expand(H, -1)
-    torch.testing.assert_close(read_back(attention, ones, ones, 4)[:, -1], expected)
-
-
 @pytest.mark.parametrize("mode", ["infini", "infini-banks", "infini-multi-alibi"])
 def test_under_bf16_autocast_the_memory_is_float32(mode: str) -> None:
     """It is what float32 arithmetic makes of the bfloat16 queries, keys and values."""
@@ -122,12 +110,6 @@ def test_under_bf16_autocast_the_memory_is_float32(mode: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- documents, window by window
-
-
-def make_model(mode: str, **changes: Any) -> Any:
-    return randomise(InfiniPythiaModel(make_config(mode, **changes)), std=0.3)
-
-
 @every_mode
 def test_windows_with_a_carried_memory_equal_one_pass_of_layer_0(mode: str) -> None:
     """With layer 0 alone: the layers above see their window only."""
@@ -135,16 +117,6 @@ def test_windows_with_a_carried_memory_equal_one_pass_of_layer_0(mode: str) -> N
     memory = model.init_memory(batch_size=2)
     windows = [model(window, cache=memory)[0] for window in idx.split([2 * S, S, 3 * S, 2 * S], dim=1)]
     torch.testing.assert_close(torch.cat(windows, dim=1), model(idx)[0], atol=1e-4, rtol=0)
-
-
-def test_the_layers_above_see_their_window_alone() -> None:
-    """With an emptied memory the same window gives the same logits, wherever it stands in its document."""
-    model, idx = make_model("infini"), make_tokens(1, 2 * S)
-    memory = model.init_memory(batch_size=1)
-    carried = [model(idx, cache=memory)[0], model(idx, cache=memory)[0]]
-    memory = model.init_memory(batch_size=1)
-    torch.testing.assert_close(model(idx, cache=memory)[0], model(idx)[0])
-    assert (carried[1] - carried[0]).abs().max() > 1e-3
 
 
 @every_mode
@@ -163,27 +135,31 @@ def test_consecutive_windows_train_with_a_detached_memory_and_only_so(mode: str)
 
 
 @every_mode
-def test_a_carried_memory_is_resumed_exactly(mode: str) -> None:
-    """And a window that ends within a segment is refused."""
+def test_of_what_came_before_a_window_only_the_carried_memory_counts(mode: str) -> None:
+    """Which is resumed exactly; with an empty one the layers above see their window alone, wherever it stands.
+
+    And a window that ends within a segment is refused.
+    """
     model, idx = make_model(mode), make_tokens(2, 3 * S)
-    memory, resumed = model.init_memory(batch_size=2), model.init_memory(batch_size=2)
-    model(idx, cache=memory)
+    memory, resumed, empty = (model.init_memory(batch_size=2) for _ in range(3))
+    first = model(idx, cache=memory)[0]
     for tensor, kept in zip(resumed.tensors(), memory.tensors(), strict=True):
         tensor.data.copy_(kept)
-    assert torch.equal(model(idx, cache=memory)[0], model(idx, cache=resumed)[0])
+    second = model(idx, cache=memory)[0]
+    assert torch.equal(second, model(idx, cache=resumed)[0])
+    assert (second - first).abs().max() > 1e-3
+    torch.testing.assert_close((first, model(idx, cache=empty)[0]), 2 * (model(idx)[0],))
     with pytest.raises(ValueError, match="multiple of segment_len=4"):
         model(idx[:, : S + 1], cache=memory)
 
 
 # ------------------------------------------------------------------------------------------- settings and weights
-
-
 def test_layer_0_starts_from_a_baselines_projections() -> None:
     """While the memory is empty, layer 0 adds what the baseline's attention adds of zero-mean values: its constants."""
-    baseline: Any = randomise(PythiaModel(PythiaConfig(**SMALL)))
-    model: Any = InfiniPythiaModel(make_config("infini"))
+    baseline, model = make_baseline(), build(CONFIGS["infini"])
     assert [type(attention) for attention in model.attentions()] == [InfiniAttention, SelfAttention, SelfAttention]
     assert isinstance(model.init_cache(1, 8).layers[0], Memory)
+    assert not build(CONFIGS["infini-banks"]).layers[0].attention.bank_scores.any(), "banks start with equal shares"
     report = model.start_from(baseline)
     theirs, mine = baseline.layers[0], model.layers[0]
     q, k, v = theirs.attention.query_key_value.weight.unflatten(0, (H, 3, -1)).unbind(1)

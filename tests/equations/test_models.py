@@ -61,8 +61,14 @@ def build(config: Any) -> Any:
     return dict(MODELS.values())[type(config)](config)
 
 
-def make_model(name: str) -> Any:
-    return randomise(build(CONFIGS[name]))
+def make_model(name: str, std: float = 0.2, **changes: Any) -> Any:
+    """A model of CONFIGS with some fields changed, its weights at random."""
+    return randomise(build(replace(CONFIGS[name], **changes)), std)
+
+
+def make_baseline(**changes: Any) -> Any:
+    """A Pythia whose RoPE turns what PythiaConfig says by itself."""
+    return make_model("pythia", **{"rotary_pct": 0.25} | changes)
 
 
 def chunk_sizes(seed: int) -> list[int]:
@@ -74,8 +80,6 @@ def chunk_sizes(seed: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------- what it computes
-
-
 @every_model
 @torch.no_grad()
 def test_causal(name: str) -> None:
@@ -93,27 +97,23 @@ def test_causal(name: str) -> None:
 @every_model
 @torch.no_grad()
 def test_streamable(name: str) -> None:
-    """The logits of chunks of any sizes, fed through the cache, are those of one full pass."""
+    """Chunks of any sizes, fed through the cache, have the logits of one full pass, which greedy text follows."""
     model, idx = make_model(name), make_tokens(B, T)
+    full = model(idx)[0]
     for seed in range(4):
-        torch.testing.assert_close(in_chunks(model, idx, *chunk_sizes(seed)), model(idx)[0], atol=1e-4, rtol=0)
-
-
-@every_model
-@torch.no_grad()
-def test_row_independent(name: str) -> None:
-    """A row's logits do not depend on the other rows of the batch."""
-    model, idx = make_model(name), make_tokens(B, T)
-    together = model(idx)[0]
-    for row in range(B):
-        torch.testing.assert_close(model(idx[row : row + 1])[0], together[row : row + 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(in_chunks(model, idx, *chunk_sizes(seed)), full, atol=1e-4, rtol=0)
+    text = model.generate(idx[:, :9], max_new_tokens=T - 9, temperature=0.0)
+    assert torch.equal(text[:, :9], idx[:, :9])
+    assert torch.equal(model(text)[0][:, 8:-1].argmax(-1), text[:, 9:])
 
 
 @every_model
 @torch.no_grad()
 def test_equal_to_its_reference(name: str) -> None:
-    """In one pass and through the cache. RoPE's angles and Infini's memory are float32 in a float64 model too."""
+    """Row by row, in one pass and through the cache. RoPE and Infini's memory are float32 in a float64 model too."""
     model, idx = make_model(name), make_tokens(B, T)
+    rows = torch.cat([model(row)[0] for row in idx.split(1)])
+    torch.testing.assert_close(rows, model(idx)[0], atol=1e-5, rtol=0)
     expected = sys.modules[type(model).__module__].reference(model, idx)
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-5)):
         for logits in (model.to(dtype)(idx)[0], in_chunks(model, idx, *chunk_sizes(5))):
@@ -139,15 +139,6 @@ def test_the_loss_and_its_gradients_are_those_of_the_logits(name: str) -> None:
 
 @every_model
 @torch.no_grad()
-def test_greedy_generation_follows_the_full_pass(name: str) -> None:
-    model, prompt = make_model(name), make_tokens(B, 9)
-    out = model.generate(prompt, max_new_tokens=T - 9, temperature=0.0)
-    assert torch.equal(out[:, :9], prompt)
-    assert torch.equal(model(out)[0][:, 8:-1].argmax(-1), out[:, 9:])
-
-
-@every_model
-@torch.no_grad()
 def test_autocast_stays_near_float32(name: str) -> None:
     """Relative difference of all logits; the loss, a mean, is ten times nearer."""
     model, idx = make_model(name), make_tokens(B, T)
@@ -161,53 +152,32 @@ def test_autocast_stays_near_float32(name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- how it starts
-
-
-def assert_initialised_alike(model: Any) -> None:
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if isinstance(config, PythiaConfig)])
+def test_initialised_alike(name: str) -> None:
     """wang_init for what writes to the residual stream, small_init for the rest, whatever a class derives from.
 
     The last matrix of every attention and every MLP writes.
     """
-    C, layers = model.config.hidden_size, len(model.layers)
+    config, C, num_layers = CONFIGS[name], 64, 10
+    widths = {field: 48 for field in ("kv_dim", "context_dim") if hasattr(config, field)}
+    model = build(replace(config, hidden_size=C, num_layers=num_layers, intermediate_size=80, **widths))
     parts: list[Any] = [part for block in model.layers for part in (block.attention, block.mlp)]
     outputs = [[m for m in part.modules() if isinstance(m, nn.Linear)][-1] for part in parts]
     own = {m for block in model.modules() if isinstance(block, ContextBlock) for m in block.modules()}
-    for name, module in model.named_modules():
+    for where, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and module not in own:
-            std = 2 / (layers * C**0.5) if module in outputs else (2 / (5 * C)) ** 0.5
-            assert module.weight.std().item() == pytest.approx(std, rel=0.06), name
-            assert abs(module.weight.mean().item()) < 0.1 * std, name
+            std = 2 / (num_layers * C**0.5) if module in outputs else (2 / (5 * C)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(std, rel=0.06), where
+            assert abs(module.weight.mean().item()) < 0.1 * std, where
             bias: Any = getattr(module, "bias", None)
-            assert bias is None or not bias.any(), name
+            assert bias is None or not bias.any(), where
 
 
-@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if isinstance(config, PythiaConfig)])
-def test_initialised_alike(name: str) -> None:
-    config: Any = CONFIGS[name]
-    changes = {"hidden_size": 64, "num_layers": 10, "intermediate_size": 80}
-    changes |= {field: 48 for field in ("kv_dim", "context_dim") if hasattr(config, field)}
-    assert_initialised_alike(build(replace(config, **changes)))
-
-
-class OwnAttention(Attention):
-    """No subclass of the baseline's, its output under a name of choice."""
-
-    def __init__(self, C: int, output: str) -> None:
-        super().__init__()
-        self.project = nn.Linear(C, C, bias=False)
-        self.add_module(output, nn.Linear(C, C, bias=False))
-
-
-def test_an_attention_of_one_s_own_is_initialised_alike() -> None:
-    def build_with(*outputs: str) -> PythiaModel:
-        makes = {"make_attention": lambda _, layer: OwnAttention(64, outputs[layer % len(outputs)])}
-        own: Any = type("OwnModel", (PythiaModel,), makes)
-        return own(PythiaConfig(**SMALL | {"hidden_size": 64, "num_layers": 10}))
-
-    for output in ("dense", "W_O"):
-        assert_initialised_alike(build_with(output))
+def test_an_attention_whose_output_has_another_name_is_refused() -> None:
+    """What writes to the residual stream would start like all other matrices."""
+    makes = {"make_attention": lambda _, layer: nn.ModuleDict({"out_proj" if layer else "dense": nn.Linear(32, 32)})}
     with pytest.raises(ValueError, match="layer 1: what writes to the residual stream has to be called"):
-        build_with("dense", "out_proj")
+        type("OwnModel", (PythiaModel,), makes)(PythiaConfig(**SMALL))
 
 
 @pytest.mark.parametrize("config_class", [config_class for config_class, _ in MODELS.values()])
@@ -223,8 +193,6 @@ def test_numbers_out_of_range_are_refused(config_class: type) -> None:
 
 
 # ----------------------------------------------------------------------------------------- what it takes from others
-
-
 class GroupedAttention(SelfAttention):
     """Names and shapes of the baseline's, but its fused projection is laid out as all q, all k, all v."""
 
@@ -238,7 +206,12 @@ class GQAPythiaModel(PythiaModel):
 @torch.no_grad()
 def test_what_is_kept_of_a_baseline_is_equal(name: str) -> None:
     """Tensors that are copied are the baseline's; a layer whose attention is the baseline's computes the same."""
-    baseline, model = randomise(PythiaModel(PythiaConfig(**SMALL))), build(replace_rotary(CONFIGS[name]))
+    config: Any = CONFIGS[name]
+    has_rope = isinstance(config, PythiaConfig) and not isinstance(config, MLAConfig)
+    baseline, model = (
+        make_baseline(),
+        build(replace(config, rotary_pct=0.25, rotary_base=10000.0) if has_rope else config),
+    )
     report = model.start_from(baseline)
     theirs, mine = baseline.state_dict(), model.state_dict()
     assert report.keys() == mine.keys()
@@ -252,48 +225,34 @@ def test_what_is_kept_of_a_baseline_is_equal(name: str) -> None:
             assert torch.equal(ours(x, 0, None), block(x, 0, None))
 
 
-def replace_rotary(config: Any) -> Any:
-    """The config with the baseline's RoPE where it has one to choose."""
-    has_rope = isinstance(config, PythiaConfig) and not isinstance(config, MLAConfig)
-    return replace(config, rotary_pct=0.25, rotary_base=10000.0) if has_rope else config
-
-
 @every_model
 @torch.no_grad()
-def test_its_own_class_is_a_source(name: str) -> None:
+def test_its_own_class_is_a_source_and_another_is_none(name: str) -> None:
+    """Refused in one line, and nothing is taken, though names and shapes may agree."""
     source, model, idx = make_model(name), build(CONFIGS[name]), make_tokens(1, 9)
     assert set(model.start_from(source).values()) == {"copied"}
+    others = {type(build(config)): config for config in CONFIGS.values()} | {GQAPythiaModel: PythiaConfig(**SMALL)}
+    for other in others.keys() - {type(model), PythiaModel}:
+        with pytest.raises(ValueError, match=rf"^the source is a {other.__name__}: .*PythiaModel.*$"):
+            model.start_from(other(others[other]))
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), atol=0, rtol=0)
     assert torch.equal(model(idx)[0], source(idx)[0])
 
 
-@every_model
-def test_other_classes_are_no_source(name: str) -> None:
-    """Refused in one line, and nothing is taken, though names and shapes agree."""
-    model = build(replace_rotary(CONFIGS[name]))
-    others = {type(build(config)): config for config in CONFIGS.values()} | {GQAPythiaModel: PythiaConfig(**SMALL)}
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    for source_class in others.keys() - {type(model), PythiaModel}:
-        with pytest.raises(ValueError, match=rf"^the source is a {source_class.__name__}: .*PythiaModel.*$"):
-            model.start_from(source_class(others[source_class]))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
 def test_no_attention_tensor_of_a_baseline_is_taken_for_another_layout_s() -> None:
-    report = GQAPythiaModel(PythiaConfig(**SMALL)).start_from(PythiaModel(PythiaConfig(**SMALL)))
+    report = GQAPythiaModel(PythiaConfig(**SMALL)).start_from(make_baseline())
     assert {name for name, how in report.items() if how == "new"} == {k for k in report if ".attention." in k}
     assert "converted" not in report.values()
 
 
-@pytest.mark.parametrize("changed", [("hidden_size", 64), ("num_heads", 2), ("rotary_pct", 0.5), ("rotary_base", 5.0)])
-def test_another_shape_is_no_source(changed: tuple[str, Any]) -> None:
-    name, value = changed
-    source = PythiaModel(PythiaConfig(**SMALL))
-    with pytest.raises(ValueError, match=f"{name}={getattr(source.config, name)}, this model {value}"):
-        PythiaModel(replace(source.config, **{name: value})).start_from(source)
+def test_another_shape_is_no_source() -> None:
+    source = make_baseline()
+    for name, value in {"hidden_size": 64, "num_heads": 2, "rotary_pct": 0.5, "rotary_base": 5.0}.items():
+        with pytest.raises(ValueError, match=f"{name}={getattr(source.config, name)}, this model {value}"):
+            make_baseline(**{name: value}).start_from(source)
 
 
 # ----------------------------------------------------------------------------------------------- what it remembers
-
 FULL_SIZE: dict[str, tuple[Any, Callable[[int], int]]] = {  # bytes of n tokens in float32, as the files' headers say
     "pythia": (PythiaConfig(), lambda n: 24_576 * n),
     "mla": (MLAConfig(), lambda n: 3_072 * n),
@@ -321,16 +280,16 @@ def test_as_small_as_declared(name: str) -> None:
 @pytest.mark.parametrize("name", ["context", "infini"])
 def test_what_is_compiled_does_not_grow_with_the_text(name: str) -> None:
     """A recurrence that torch.compile unrolls takes minutes, and its gradients are no longer those of float32."""
-    model, operations = build(replace(CONFIGS[name], num_layers=1)), dict[int, int]()
+    model, sizes = build(replace(CONFIGS[name], num_layers=1)), list[int]()
+
+    def count(graph: Any, inputs: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
     for num_tokens in (8, 16):
-
-        def count(graph: Any, inputs: Any, n: int = num_tokens) -> Any:
-            operations[n] = operations.get(n, 0) + len(graph.graph.nodes)
-            return graph.forward
-
         torch.compiler.reset()
         torch.compile(model, backend=count)(*2 * [make_tokens(B, num_tokens)])
-    assert operations[8] == operations[16]
+    assert sizes == 2 * sizes[: len(sizes) // 2]
 
 
 def live_bytes() -> int:

@@ -1,8 +1,8 @@
 """The baseline: Hugging Face checkpoints in and out, RoPE, sampling, AdamW, and what is refused."""
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL, make_tokens, randomise
+from conftest import make_tokens, randomise
+from test_models import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import pythia_base
 from kit.files import InputError
 from kit.muon import Muon, orthogonalise
-from model_cascade import CascadeConfig, CascadeContextLLM
 from model_infini import InfiniConfig, InfiniPythiaModel
 from model_mla import MLAConfig, MLAPythiaModel
 from pythia_base import Cache, PythiaConfig, PythiaModel, draw_token, stream_tokens
@@ -36,7 +36,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "half-rotary": TINY | {"hidden_size": 48, "num_hidden_layers": 3, "rotary_pct": 0.5, "rotary_emb_base": 500},
     "full-rotary": TINY | {"num_attention_heads": 2, "num_hidden_layers": 2, "rotary_pct": 1.0, "layer_norm_eps": 1e-3},
 }
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def config_of(shape: dict[str, Any]) -> PythiaConfig:
@@ -46,20 +45,7 @@ def config_of(shape: dict[str, Any]) -> PythiaConfig:
     return PythiaConfig(**{name: shape[renamed.get(name, name)] for name in names})
 
 
-def in_half(model: Any) -> Any:
-    """Random weights, exact in float16."""
-    for parameter in randomise(model).parameters():
-        parameter.data = parameter.data.half().float()
-    return model
-
-
-def make_pythia(shape: dict[str, Any] = TINY) -> PythiaModel:
-    return in_half(PythiaModel(config_of(shape)))
-
-
 # ------------------------------------------------------------------------------------------------------ transformers
-
-
 @torch.no_grad()
 def assert_same_model(ours: PythiaModel, theirs: Any) -> None:
     """The same logits, in which the first token matters for the last, and the same tokens from greedy decoding."""
@@ -70,16 +56,6 @@ def assert_same_model(ours: PythiaModel, theirs: Any) -> None:
     theirs.generation_config.eos_token_id = None  # ours decodes to the end
     expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False)
     assert torch.equal(ours.generate(idx, max_new_tokens=20, temperature=0.0), expected)
-
-
-@every_shape
-def test_what_is_saved_is_read_by_transformers_and_here_exactly(shape: dict[str, Any], tmp_path: Path) -> None:
-    ours = make_pythia(shape)
-    ours.save_pretrained(tmp_path)
-    assert_same_model(ours, AutoModelForCausalLM.from_pretrained(tmp_path))
-    again = PythiaModel.from_pretrained(str(tmp_path))
-    assert again.config == ours.config
-    torch.testing.assert_close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
 
 
 def save_released(theirs: Any, shape: dict[str, Any], folder: Path) -> None:
@@ -100,16 +76,23 @@ def save_new(theirs: Any, shape: dict[str, Any], folder: Path) -> None:
     assert len([*folder.glob("*.safetensors")]) > 1
 
 
-@every_shape
-@pytest.mark.parametrize("save", [save_released, save_new])
-def test_every_layout_of_transformers_is_read_here(
-    save: Callable[..., None], shape: dict[str, Any], tmp_path: Path
-) -> None:
-    theirs = in_half(GPTNeoXForCausalLM(GPTNeoXConfig(**shape)))
-    save(theirs, shape, tmp_path)
-    ours = PythiaModel.from_pretrained(str(tmp_path))
-    assert ours.config == config_of(shape)
-    assert_same_model(ours, theirs)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_layout_of_transformers_is_read_and_ours_there(shape: dict[str, Any], tmp_path: Path) -> None:
+    theirs = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**shape)))
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.half().float()  # what is saved in float16 is exact
+    for save in (save_released, save_new):
+        folder = tmp_path / save.__name__
+        folder.mkdir()
+        save(theirs, shape, folder)
+        ours = PythiaModel.from_pretrained(str(folder))
+        assert ours.config == config_of(shape)
+        assert_same_model(ours, theirs)
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_model(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "ours"))
+    again = PythiaModel.from_pretrained(str(tmp_path / "ours"))
+    assert again.config == ours.config
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
 
 
 def test_another_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +102,6 @@ def test_another_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # -------------------------------------------------------------------------------------------------- size, precision
-
-
 def test_parameters_and_layers() -> None:
     with torch.device("meta"):
         models = [PythiaModel(PythiaConfig()), MLAPythiaModel(MLAConfig())]
@@ -130,15 +111,14 @@ def test_parameters_and_layers() -> None:
 @torch.no_grad()
 def test_a_bfloat16_model_keeps_its_angles_and_slopes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """At positions above 256, which bfloat16 does not count; with rounded positions the logits are elsewhere."""
-    model, idx = make_pythia(SHAPES["full-rotary"]), make_tokens(1, 600)
+    model, idx = randomise(PythiaModel(config_of(SHAPES["full-rotary"]))), make_tokens(1, 600)
     exact = model(idx)[0]
 
     def error() -> float:
         return ((model(idx)[0].float() - exact).norm() / exact.norm()).item()
 
     model.bfloat16()
-    kept = error()
-    rotate = pythia_base.rotate
+    kept, rotate = error(), pythia_base.rotate
     monkeypatch.setattr(pythia_base, "rotate", lambda x, p, config: rotate(x, p.to(x.dtype), config))
     assert kept < 0.02 < error()
     slopes = InfiniPythiaModel(InfiniConfig(alibi_scale=1 / 3, use_alibi=True)).layers[0].attention.bfloat16().slopes
@@ -147,7 +127,6 @@ def test_a_bfloat16_model_keeps_its_angles_and_slopes_in_float32(monkeypatch: py
 
 
 # ------------------------------------------------------------------------------------------------- sampling and AdamW
-
 LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.5, 0.0, 2.0]])
 
 
@@ -175,7 +154,7 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn(temperature: float) -> N
 
 
 def test_a_prompt_longer_than_a_prefill_chunk_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, idx = make_pythia(), make_tokens(2, 40)
+    model, idx = make_model("pythia"), make_tokens(2, 40)
     expected = model.generate(idx, max_new_tokens=5, temperature=0.0)
     monkeypatch.setattr(pythia_base, "PREFILL_TOKENS", 7)
     assert torch.equal(model.generate(idx, max_new_tokens=5, temperature=0.0), expected)
@@ -183,53 +162,37 @@ def test_a_prompt_longer_than_a_prefill_chunk_decodes_the_same(monkeypatch: pyte
         model.generate(idx[:, :0], max_new_tokens=1, temperature=0.0)
 
 
-def make_infini() -> InfiniPythiaModel:
-    return InfiniPythiaModel(InfiniConfig(**SMALL, num_memory_banks=2))
-
-
-def make_cascade() -> CascadeContextLLM:
-    """With an output and a trained table of its own."""
-    own: Any = {"freeze_embedding": False, "tie_weights": False}
-    return CascadeContextLLM(CascadeConfig(vocab_size=97, hidden_size=32, context_dim=8, **own))
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("make", [make_infini, make_cascade])
-def test_which_optimizer_trains_what(make: Callable[[], Any], name: Any) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["infini-banks", "cascade-untied"])
+def test_which_optimizer_trains_what(name: str, optimizer: Any) -> None:
     """Only matrices decay: not biases, LayerNorms and the scores of banks, which have two dimensions as well.
 
     Muon takes those of the layers, neither embeddings nor the head. Nothing that is frozen is trained.
     """
-    model = make()
+    model = make_model(name)
     model.embed_in.requires_grad_(False)
-    settings = LMSettings(optimizer=name, learning_rate=0.5, weight_decay=0.25, beta1=0.8, beta2=0.9)
-    optimizers = make_optimizers(model, settings)
-    found = {
-        p: (key, group["weight_decay"])
-        for key, optimizer in optimizers.items()
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    settings = LMSettings(optimizer=optimizer, learning_rate=0.5, weight_decay=0.25, beta1=0.8, beta2=0.9)
+    groups = [(key, group) for key, each in make_optimizers(model, settings).items() for group in each.param_groups]
+    found = {p: (key, group["weight_decay"]) for key, group in groups for p in group["params"]}
     expected = {}
     for where, p in model.named_parameters():
         is_matrix = p.dim() == 2 and not where.endswith("bank_scores")
-        is_muon = name == "muon" and is_matrix and not where.startswith("embed")
+        is_muon = optimizer == "muon" and is_matrix and not where.startswith("embed")
         expected[p] = "muon" if is_muon else "optimizer", 0.25 if is_matrix else 0.0
     del expected[model.embed_in.weight]
     assert found == expected
-    assert {group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups} == {0.5}
-    assert {group["betas"] for group in optimizers["optimizer"].param_groups} == {(0.8, 0.9)}
+    assert {group["lr"] for _, group in groups} == {0.5}
+    assert {group["betas"] for key, group in groups if key == "optimizer"} == {(0.8, 0.9)}
 
 
 def test_muon_is_torchs_in_float32() -> None:
     """Of matrices that are wide, high and square, several of a shape; PyTorch's rounds to bfloat16 on its way."""
     torch.manual_seed(0)
     shapes = [(12, 40), (40, 12), (12, 40), (16, 16), (12, 12)]
-    ours, theirs = ([nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
     mine = Muon([*ours, nn.Parameter(torch.ones(2, 2))], 0.1, 0.01)  # the last one has no gradient
     optimizers = [mine, torch.optim.Muon(theirs, 0.1, 0.01, adjust_lr_fn="match_rms_adamw")]
-    for a, b in zip(ours, theirs, strict=True):
-        a.data.copy_(b)
     for _ in range(3):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = b.grad = torch.randn_like(a)
