@@ -112,6 +112,7 @@ BAD: list[tuple[Any, Any, str]] = [  # more of them, as typed: tests/damage/test
     (True, float, "number"), (1, bool, "boolean"), (Text("perhaps"), bool | None, "boolean"),
     ([], Mode, "'auto' or 'fast'"), (Text("[1, 2"), list[int], "JSON"), (Text("1"), list[int], "array"),
     (1, str, "string"), (True, str, "string"), (-0.5, NonNegativeFloat, "equal to 0"), (1, Share, "less than 1"),
+    (Text("nan"), float, "finite"), (Text("0"), PositiveInt, "greater than 0"),
     (Text("9" * 5000), int, "has to be"),
 ]  # fmt: skip
 

@@ -27,7 +27,7 @@ import eval as evaluation
 import kit.runs
 import train
 from configurator import MODELS, load_source
-from kit.contexts import context_cache
+from kit.contexts import context_cache, window_contexts
 from kit.files import InputError
 from kit.runs import World, read_checkpoint
 from kit.text import get_reversal_pairs
@@ -518,6 +518,11 @@ def test_phase_2_trains_what_the_exact_contexts_of_its_tokens_do_not_depend_on(
     capsys.readouterr()
     context_cache(second, stream, PrepSettings(init_from=parent))
     assert "reading" in capsys.readouterr().out, "phase 2 has made them"
+    batches.clear()
+    start(name, "--max_iters=1", "--context_cache=False", out="uncached")
+    assert re.search(r"100 tokens before its windows; at most \de[+-]\d\d off", capsys.readouterr().out)
+    expected = window_contexts(second, stream.tokens, windows.starts(0)[:rows], width, overlap=100)
+    torch.testing.assert_close(batches[0]["contexts"], expected)
 
 
 def test_block_i_is_trained_on_the_i_th_part_or_all_on_the_union() -> None:

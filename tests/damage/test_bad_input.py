@@ -281,6 +281,7 @@ RUNNING += cases(f"train.py config/phase1.py {PHASE_1} --out_dir=new", {
 })  # fmt: skip
 RUNNING += cases("eval.py", {"": "name at least one run", "runs/naïve–名前": "'runs/naïve–名前' cannot be read"})
 RUNNING += cases("eval.py --data_dir=data", {
+    "runs/pythia --tasks=val,revarsal": "no task 'revarsal', did you mean 'reversal'?",
     "runs/pythia --include_path=nowhere": "include_path='nowhere' is no folder", "runs/few-rows": "has 31 rows",
     "runs/pythia --block_size=4096": "block_size=4096 ...runs/pythia's limit", "runs/untrained": "--allow_untrained",
     "runs/phase1": "was never trained on text; --allow_untrained", "runs/gpt2": "gpt2 tokens, data/own holds neox",
