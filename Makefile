@@ -11,7 +11,7 @@ SIZE ?= laptop
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-# PyTorch's and others' code is compiled once, not by every process that imports it
+# where an image sets it, Python compiles PyTorch's code anew in every process
 unexport PYTHONDONTWRITEBYTECODE
 
 # several tests at a time share the cores

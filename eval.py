@@ -193,10 +193,11 @@ def evaluate_contexts(model: Any, tokens: np.ndarray, trained: list[dict[str, An
     ids, table = torch.from_numpy(tokens[:num_tokens].astype(np.int64)), model.embed_in.weight
     contexts = [exact_contexts(block, table, ids) for block in model.context_blocks]
     together = torch.cat(contexts, dim=1)
+    rank, width = effective_rank(together), together.size(1)
     figures: Figures = {
         "context_effective_ranks": [effective_rank(each) for each in contexts],
-        "context_effective_rank": (rank := effective_rank(together)),
-        "context_dim": (width := together.size(1)),
+        "context_effective_rank": rank,
+        "context_dim": width,
         "context_rank_share": rank / width,
     }
     if len(trained) == len(contexts):

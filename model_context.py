@@ -174,7 +174,8 @@ def init_context_linear(linear: nn.Linear, init: Init) -> None:
         nn.init.normal_(linear.weight, std=WEIGHT_STD)
         nn.init.normal_(linear.bias, std=BIAS_STD)
     else:
-        getattr(nn.init, f"{init}_uniform_")(linear.weight)
+        uniform: Any = {"xavier": nn.init.xavier_uniform_, "kaiming": nn.init.kaiming_uniform_}
+        uniform[init](linear.weight)
 
 
 # ------------------------------------------------------------- Phase 1: OACD, origin-anchored centroid dispersion
@@ -206,7 +207,7 @@ def oacd_iteration(
     block: ContextBlock, table: Tensor, tokens: Tensor, contexts: Tensor, *, batch_size: int, context_noise: float,
     centroid_weight: float, gradient_clip: float, convergence_threshold: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """One pass over all N tokens in parallel -> loss, convergence rate; the block has its gradients where they are on.
+    """One pass over all N tokens in parallel -> loss, convergence rate; and gradients, but under no_grad.
 
     tokens (N,) and contexts (N, E), the last iteration's, then this one's, stay on the CPU and visit the device of the
     embedding table (V, C) a batch at a time. The token half is computed and differentiated once per distinct id.

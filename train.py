@@ -363,8 +363,8 @@ def train_phase1(s: Phase1Settings, model: Any, data: TokenFile, val_data: Token
             world.say(f"converged {rate:.1%}, {share:.1%} as exact, {rank_share}")
 
     heldout = evaluate_contexts(model, val_data.tokens, reports)
-    world.say(format_summary(folder.finish(train_seconds, {"steps": step, "blocks": reports, **heldout})))
-    world.say(f"\nof held-out tokens; next: phase 2 with --init_from={folder.path}")
+    summary = folder.finish(train_seconds, {"steps": step, "blocks": reports, **heldout})
+    world.say(f"on held-out tokens:\n{format_summary(summary)}\n\nnext: phase 2 with --init_from={folder.path}")
 
 
 def block_parts(tokens: np.ndarray, count: int, s: Phase1Settings) -> list[Tensor]:
@@ -449,7 +449,8 @@ def start_from(model: Any, job: Job, world: World) -> dict[str, Any]:
     new = [tensor for tensor, how in became.items() if how == "new"]
     if job.settings.phase == "phase2" and any(tensor.startswith("context_block") for tensor in new):
         raise InputError(f"init_from={name} holds no ContextBlock that fits this model")
-    lost = [tensor for tensor in source.state_dict() if tensor not in became] if type(source) is type(model) else []
+    converts, unused = type(source) is not type(model), source.state_dict().keys() - became.keys()
+    lost = sorted({".".join(key.split(".")[:2]) for key in unused if not (converts and ".attention." in key)})
     counts = Counter(became.values())
     world.say(f"from {name}: {counts['copied']} tensors copied, {counts['converted']} converted")
     world.say(f"new: {', '.join(new) or 'none'}; left out: {', '.join(lost) or 'none'}")

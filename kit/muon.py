@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def orthogonalise(G: Tensor, a: float, b: float, c: float) -> Tensor:
-    """The singular values of matrices (N, rows, columns) brought to 1, roughly: between 0.7 and 1.2 (Newton-Schulz)."""
+    """By Newton-Schulz, the singular values of matrices (N, rows, columns) brought to 1, or between 0.7 and 1.2."""
     X = G.mT if G.size(1) > G.size(2) else G
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
@@ -37,5 +37,5 @@ class Muon(torch.optim.Muon):
                     self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
             for shape, params in of_shape.items():
                 ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], momentum) for p in params])  # Nesterov
-                for p, update in zip(params, orthogonalise(ahead, *group["ns_coefficients"]), strict=True):
+                for p, update in zip(params, orthogonalise(ahead, *self.defaults["ns_coefficients"]), strict=True):
                     p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * 0.2 * math.sqrt(max(shape)))

@@ -25,8 +25,9 @@ from configurator import parse_settings
 from kit.files import InputError, run
 from train import TrainSettings
 
-TABLES = Path(__file__).with_name("compare.txt").read_text().split("\n\n")  # a line: run, config, options
-RECIPES, MORE = (dict(re.findall(r"^(\w+) +(.+)$", table, re.MULTILINE)) for table in TABLES)
+TABLES = Path(__file__).with_name("compare.txt").read_text().partition("\n\n")[::2]  # a line: run, config, options
+LINES = ([line.split(maxsplit=1) for line in table.splitlines() if line and line[0] != "#"] for table in TABLES)
+RECIPES, MORE = ({name: recipe.strip() for name, recipe in lines} for lines in LINES)
 Runs = dict[Path, tuple[list[str], Path | None]]  # folder -> words of its command, and the run before it that it needs
 
 
@@ -65,11 +66,11 @@ def plan(settings: CompareSettings) -> tuple[Runs, Path]:
 
 def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     """Train so many at a time, each after what it needs; what they print goes to folder. Those that succeeded."""
-    running, ended = dict[Path, subprocess.Popen[bytes]](), dict[Path | None, int]({None: 0})  # with what status
+    running, ended = dict[Path, subprocess.Popen[bytes]](), dict[Path | None, int]({None: 0})  # with which exit status
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     bar = tqdm(total=len(runs), unit="run")
     try:
-        while bar.n < len(runs):
+        while len(ended) <= len(runs):
             for path, (words, needs) in runs.items():
                 said, why = folder / f"{path.name}.txt", ""
                 if path in running and (status := running[path].poll()) is not None:

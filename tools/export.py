@@ -37,11 +37,11 @@ def model_card(name: str, model: Any, checkpoint: dict[str, Any] | None, figures
         seen, config = checkpoint["tokens_seen"], checkpoint["config"]
         origin = f"Trained on {seen:,} tokens of {config['dataset']} by commit {checkpoint['commit'] or 'not known'}"
         origin += f" in windows of {config['block_size']} tokens." if "block_size" in config else ", phase 1 alone."
-    facts = {"name": name, "origin": origin, "figures": format_summary(figures), "where": where}
+    label, trust, limits = str(type(model).__doc__).splitlines()[0], ", trust_remote_code=True", LIMITS
     if type(model).__name__ == "PythiaModel":
-        return CARD.format(label="A GPT-NeoX, as Pythia is.", trust="", limits="", **facts)
-    label = str(type(model).__doc__).splitlines()[0]
-    return CARD.format(label=label, trust=", trust_remote_code=True", limits=LIMITS, **facts)
+        label, trust, limits = "A GPT-NeoX, as Pythia is.", "", ""
+    facts = {"name": name, "label": label, "origin": origin, "figures": format_summary(figures), "where": where}
+    return CARD.format(**facts, trust=trust, limits=limits)
 
 
 def main() -> None:

@@ -298,6 +298,7 @@ def test_ranks_of_contexts_and_whether_they_settle_with_the_settings_of_the_run(
     assert results["context_effective_ranks"] == pytest.approx([effective_rank(c) for c in expected], rel=1e-3)
     assert results["context_effective_rank"] == pytest.approx(effective_rank(torch.cat(expected, dim=1)), rel=1e-3)
     assert results["context_dim"] == 12
+    assert results["context_rank_share"] == results["context_effective_rank"] / 12
     assert results["context_convergence_rates"] == rates
     assert "context_convergence_rates" not in evaluation.evaluate_contexts(model, tokens[:1000], [])
 

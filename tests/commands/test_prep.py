@@ -281,9 +281,6 @@ def test_hub_out_of_reach(dataset: str, make: Make, monkeypatch: pytest.MonkeyPa
         make(dataset=dataset)
 
 
-ARCHIVE = Archive("kettle==1.0", "kettle-1.0.whl", hashlib.sha256(b"right").hexdigest())
-
-
 def test_a_damaged_archive_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index that hangs up or has a wrong one: test_faults.py."""
     archive = Archive("kettle==1.0", "kettle-1.0.whl", hashlib.sha256(b"right").hexdigest())

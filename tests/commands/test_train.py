@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -364,7 +365,7 @@ def test_a_run_cut_off_at_any_moment_ends_as_if_it_had_not_been(name: str, start
     assert len(losses(run) or outcome(run)[1]) == (9 if name == "phase 1" else 6 if "phase" in name else 12)
 
 
-def test_a_finished_run_is_not_touched_but_goes_on_is_replaced_and_starts_a_variant_on_demand(
+def test_a_finished_run_is_not_touched_but_goes_on_or_is_replaced_on_demand(
     start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = start("language model", "--max_iters=4")
@@ -383,11 +384,19 @@ def test_a_finished_run_is_not_touched_but_goes_on_is_replaced_and_starts_a_vari
     assert not (run / "summary.json").exists(), "its figures are not those of the weights"
     start("language model", "--max_iters=2", "--overwrite=True")
     assert len(losses(run)) == summary_of(run)["steps"] == 2
-    child = read_checkpoint(start("mla", f"--init_from={run}", "--max_iters=1", out="child"))
-    assert " 12 converted\nnew: " in capsys.readouterr().out
-    start("language model", f"--init_from={run}", "--num_layers=1", "--max_iters=0", out="shallow")
-    assert "new: none; left out: layers.1.input_layernorm.weight, " in capsys.readouterr().out
-    assert (child["parents"], child["tokens_seen"]) == ([str(run)], 3 * 4 * 32)
+
+
+def test_a_start_from_a_run_says_what_it_takes_and_what_it_leaves_out(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer of two, in the run's own class and in another; what another class converts is not left out."""
+    run = start("language model", "--max_iters=2")
+    for name in ("language model", "mla"):
+        capsys.readouterr()
+        child = read_checkpoint(start(name, f"--init_from={run}", "--num_layers=1", "--max_iters=1", out=name))
+        said = capsys.readouterr().out
+        assert f"{0 if name == 'language model' else 6} converted\nnew: none; left out: layers.1\n" in said
+        assert (child["parents"], child["tokens_seen"]) == ([str(run)], 3 * 4 * 32)
 
 
 def test_the_commands_of_the_readme(
@@ -539,17 +548,25 @@ def test_block_i_is_trained_on_the_i_th_part_or_all_on_the_union() -> None:
 def test_phase_1_takes_its_tokens_until_enough_contexts_have_settled(
     start: Start, stream: TokenFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates, seen = iter([0.95, 0.5, 0.9]), []
+    """A step of Adam on each, which under one and the same gradient is as long as the learning rate."""
+    rates, seen, biases = iter([0.95, 0.5, 0.9]), [], []
 
     def iteration(block: Any, table: Any, tokens: torch.Tensor, *_: Any, **__: Any) -> tuple[float, float]:
         seen.append(tokens.numpy())
+        biases.append(block.linears[0].bias.detach().clone())
+        block.linears[0].bias.grad = torch.ones(8)
         return 0.0, next(rates)
 
     monkeypatch.setattr(train, "oacd_iteration", iteration)
-    run = start("cascade phase 1", "--early_stopping_threshold=0.9", "--max_iterations=9")
+    run = start("cascade phase 1", "--early_stopping_threshold=0.9", "--max_iterations=9", "--learning_rate=0.25")
     assert [block["iterations"] for block in summary_of(run)["blocks"]] == [1, 2]
     for tokens, begin in zip(seen, (0, half := len(stream.tokens) // 2, half), strict=True):
         assert np.array_equal(tokens, stream.tokens[begin : begin + 600])
+    trained = [block.linears[0].bias for block in load_source(str(run))[0].context_blocks]
+    torch.testing.assert_close([trained[0], biases[2], trained[1]], [bias - 0.25 for bias in biases])
+    two: Any = SimpleNamespace(world=World(0, 2, CPU), checkpoint=None)
+    with pytest.raises(InputError, match="trains in one process"):
+        train.train_phase1(Phase1Settings(), None, stream, stream, two)
 
 
 def test_the_cascade_on_the_table_of_a_run(

@@ -193,6 +193,7 @@ SETTINGS = cases("train.py", {
     "--lerning_rate=1": "'lerning_rate', did you mean 'learning_rate'?", "--qqqq=1": "'qqqq'; --help lists all keys",
     "'--seed\u200b=1'": "'seed\\u200b', did you mean 'seed'?", "--model=gpt": "model='gpt' has to be 'pythia', 'mla'",
     "--kv_dim=64": "'kv_dim' is no setting of model='pythia', phase='lm'", "--phase=lmm": "phase='lmm' has to be 'lm'",
+    "--patience=0": "patience='0' has to be greater than 0", "config/phase1.py --init=zeros": "init='zeros'",
     "--max_iters=1.5": "max_iters='1.5' has to be a valid integer", f"--seed={2**63}": "seed=...has to be below",
     "'--out_dir=a\ud800'": "out_dir=...has to be of characters",
     "'--dataset=a\0b'": "dataset=...has to be of characters",

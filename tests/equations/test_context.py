@@ -80,7 +80,7 @@ def test_oacd_loss_convergence_and_rank_by_hand() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_one_iteration_is_the_plain_loop(num_layers: int) -> None:
+def test_one_iteration_by_hand(num_layers: int) -> None:
     """Shifted contexts, noise, batches, loss / number of batches, one clipped step: 23 tokens in batches of 10."""
     block, plain = make_block(num_layers), make_block(num_layers)
     table, tokens = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(11, (23,))
@@ -184,7 +184,8 @@ def test_starting_from_a_baseline_takes_over_what_reads_the_stream(name: str) ->
 
 # ------------------------------------------------------------------------------------------------- Context-Pythia
 @pytest.mark.parametrize("rotary_pct", [0.0, 0.25, 1.0])
-def test_the_absorbed_form_equals_the_expanded_one(rotary_pct: float) -> None:
+def test_the_absorbed_form_equals_the_expanded_one(rotary_pct: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_context, "REBUILT_KEYS", 7)
     attention = make_model("context", rotary_pct=rotary_pct).layers[0].attention.double()
     for P in (1, 2, 30):
         q, contexts = torch.randn(2, 4, 1, 8, dtype=torch.float64), torch.randn(2, P, 12, dtype=torch.float64)

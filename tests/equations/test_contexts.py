@@ -75,19 +75,19 @@ def build(tmp_path: Path) -> Build:
 
 
 @torch.no_grad()
-def plain_loop(model: Any, tokens: np.ndarray) -> np.ndarray:
+def exact_contexts(model: Any, tokens: np.ndarray) -> np.ndarray:
     """The contexts token by token from zero, the blocks side by side."""
     embeddings = model.embed_in(torch.from_numpy(tokens.astype(np.int64)))
     return torch.cat([reference_contexts(block, embeddings) for block in model.context_blocks], dim=1).numpy()
 
 
 def error(model: Any, cache: np.ndarray, tokens: np.ndarray) -> float:
-    return float(np.abs(cache - plain_loop(model, tokens)).max())
+    return float(np.abs(cache - exact_contexts(model, tokens)).max())
 
 
 def times_float32(model: Any, cache: np.ndarray, tokens: np.ndarray, order: float) -> float:
     """How many times as far from a loop in float64 the contexts are as a loop in float32, in this norm."""
-    loop, exact = plain_loop(model, tokens), plain_loop(copy.deepcopy(model).double(), tokens)
+    loop, exact = exact_contexts(model, tokens), exact_contexts(copy.deepcopy(model).double(), tokens)
     ours, theirs = (np.linalg.norm((contexts - exact).ravel(), order) for contexts in (cache, loop))
     assert ours > 0
     return float(ours / theirs)
@@ -113,7 +113,7 @@ def slow_and_deep() -> tuple[Any, np.ndarray]:
     for linear in deep.linears:
         linear.weight[:, 40:] *= 4  # it forgets, so that rounding stays small
     model = make_model(SLOW, deep)
-    return model, plain_loop(model, STREAM)
+    return model, exact_contexts(model, STREAM)
 
 
 @settings(max_examples=8, deadline=None)
@@ -287,7 +287,7 @@ def test_a_whole_cache_is_read_and_half_of_one_is_made_again(build: Build, capfd
         (lambda model: model.context_blocks[0].linears[0].bias.add_(0.01), 5),
     ],
 )
-def test_of_other_weights_or_tokens_it_is_stale(
+def test_a_cache_of_other_weights_or_tokens_is_stale(
     build: Build, tmp_path: Path, capsys: Any, change: Any, seed: int
 ) -> None:
     """Those of all settings, whole or half, and none of another run."""

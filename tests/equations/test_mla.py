@@ -27,7 +27,7 @@ def test_alibi_lowers_the_past_by_distance_and_hides_the_future() -> None:
 def test_the_fast_alibi_is_the_readable_one(dtype: torch.dtype, bound: float, slope: float) -> None:
     """float32 to 1e-4: a bias reaches 682, where its steps are 6e-5. The others to their steps near 2.
 
-    bfloat16, which counts to 256, far away as well.
+    In bfloat16, which counts to 256 only, also far away.
     """
     torch.manual_seed(0)
     far = [(70, 40_000)] if dtype == torch.bfloat16 else []
