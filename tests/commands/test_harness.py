@@ -136,7 +136,7 @@ BROKEN = {  # a task file: what is said
     "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files: gone.jsonl\n": "'own' cannot .*gone.jsonl",
     "task: own\ndataset_path: json\ndoc_to_text: !function gone.f\n": "'own' cannot be read",
     LAMBADA.replace("join", "jion"): "'own' cannot be read",
-    LAMBADA.replace("' ' + text.split(' ')[-1]", f"1 // (text != '{PASSAGES[1]}')"): "own cannot be scored",  # the second one
+    LAMBADA.replace("' ' + text.split(' ')[-1]", f"1 // (text != '{PASSAGES[1]}')"): "own cannot be scored",  # the 2nd
 }  # fmt: skip
 
 
