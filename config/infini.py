@@ -1,3 +1,2 @@
 # Infini-Pythia: layer 0 is one memory, written by the delta rule.
 model = "infini"
-segment_len = 32

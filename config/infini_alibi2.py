@@ -1,5 +1,4 @@
 # Infini-Pythia whose memory fades twice as fast as ALiBi's slopes have it.
 model = "infini"
-segment_len = 32
 use_alibi = True
 alibi_scale = 2.0

@@ -1,4 +1,3 @@
 # Infini-Pythia with eight memories, written in turn and read by their relevance to each query.
 model = "infini"
-segment_len = 32
 num_memories = 8

@@ -37,7 +37,7 @@ class WindowCache(KeyValueCache):
 
     def kept(self, end: int) -> Tensor:
         """The positions that are held after end tokens."""
-        positions = torch.arange(end)
+        positions = torch.arange(end, device=self.k.device)
         return positions[(positions < self.config.sinks) | (positions >= end - self.config.window)]
 
     def slots(self, positions: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class WindowAttention(SelfAttention):
 
     def forward(self, x: Tensor, start: int, cache: WindowCache | None) -> Tensor:  # type: ignore[override]
         q, k, v = split_heads(self.query_key_value(x), self.config.num_heads).chunk(3, dim=-1)
-        queries = keys = torch.arange(start, start + x.size(1))
+        queries = keys = torch.arange(start, start + x.size(1), device=x.device)
         q, k = rotate(q, queries, self.config), rotate(k, queries, self.config)
         if cache is not None:
             old_k, old_v, old = cache.read(start)
