@@ -1,5 +1,5 @@
 # make run: from nothing to a trained, measured MLA-Pythia, briefly.   make test: lint, types, tests.
-# make stress: what the tests have no time for, 41 minutes on 2 cores.
+# make stress: what the tests have no time for, 40 minutes on 2 cores.
 # make compare: every architecture on the same tokens, and the report; SEED=1338 is another seed, SIZE=full for a GPU.
 
 PYTHON ?= python3
