@@ -202,7 +202,8 @@ def load_source(source: str) -> tuple[Any, dict[str, Any] | None]:
     path = Path(source)
     if (path / "ckpt.pt").is_file() or path.is_file():
         checkpoint = read_checkpoint(path)
-        with refusing(f"{source} is of another version of its model"):
+        mismatch = KeyError, TypeError, ValueError, RuntimeError
+        with refusing(f"{source} is of another version of its model", errors=mismatch):
             config_class, model_class = MODELS[checkpoint["config"]["model"]]
             model = model_class(config_class(**checkpoint["model_args"]))
             model.load_state_dict(checkpoint["model"])

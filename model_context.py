@@ -27,7 +27,7 @@ remembered, once for all such layers: 5,120 numbers per token for the keys and v
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -173,9 +173,12 @@ def init_context_linear(linear: nn.Linear, init: Init) -> None:
     if init == "normal":
         nn.init.normal_(linear.weight, std=WEIGHT_STD)
         nn.init.normal_(linear.bias, std=BIAS_STD)
+    elif init == "xavier":
+        nn.init.xavier_uniform_(linear.weight)
+    elif init == "kaiming":
+        nn.init.kaiming_uniform_(linear.weight)
     else:
-        uniform: Any = {"xavier": nn.init.xavier_uniform_, "kaiming": nn.init.kaiming_uniform_}
-        uniform[init](linear.weight)
+        raise ValueError(f"init={init!r} is not one of {', '.join(get_args(Init))}")
 
 
 # ------------------------------------------------------------- Phase 1: OACD, origin-anchored centroid dispersion

@@ -73,10 +73,16 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
             model_kwargs[CACHE] = self.make_cache(rows, max_cache_length)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
-        cache: Cache | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int = 0, **others: Any,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
         """Token ids (B, T) -> logits (B, T or logits_to_keep, V); with labels (B, T) their next-token loss.
 
         Without use_cache=True a call keeps no cache; `generate` asks for one itself.

@@ -36,7 +36,9 @@ def window_hits(tokens: npt.NDArray[np.uint16], block_size: int) -> npt.NDArray[
     """Whether the bigram of each target stands further left in the same window of block_size, (N - 1,)."""
     targets = np.arange(len(tokens) - 1)
     keys = (targets // block_size).astype(np.uint64) << np.uint64(32) | bigrams(tokens)  # equal in one window only
-    return ~np.isin(targets, np.unique(keys, return_index=True)[1])  # where each stands first
+    hits = np.ones(len(keys), bool)
+    hits[np.unique(keys, return_index=True)[1]] = False  # where each stands first
+    return hits
 
 
 def training_counts(val: TokenFile) -> npt.NDArray[np.int64]:

@@ -45,8 +45,8 @@ def load_pretrained(name_or_folder: str, model_type: str, class_name: str) -> An
             raise ValueError(f"model_type={found!r}")
         load = getattr(transformers, class_name).from_pretrained
         model, report = load(name_or_folder, dtype=torch.float32, output_loading_info=True)
-    if missing := [*report["missing_keys"]]:
-        raise InputError(f"{name_or_folder}: the weights do not fit config.json, {missing[0]} first of {len(missing)}")
+    if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise InputError(f"{name_or_folder}: the weights do not fit config.json, {wrong[0]} first of {len(wrong)}")
     return model
 
 

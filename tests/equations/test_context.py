@@ -57,6 +57,8 @@ def test_the_init_and_the_phase_1_table_are_context_mds() -> None:
         (linear,) = ContextBlock(512, 256, 1, 1e-5, init, True).linears
         assert linear.weight.std().item() == pytest.approx(std, rel=0.02)
         assert not linear.bias.any()
+    with pytest.raises(ValueError, match="init='orthogonal' is not one of normal, xavier, kaiming"):
+        build(ContextPythiaConfig(**SMALL, context_dim=4, init="orthogonal"))  # type: ignore[arg-type]
     assert model_context.first_contexts(1000, 256).std().item() == pytest.approx(0.01, rel=0.02)
     table = {
         "num_tokens": 100_000, "max_iterations": 100, "convergence_threshold": 0.03, "learning_rate": 0.003,
