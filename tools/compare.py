@@ -72,20 +72,24 @@ def train_all(runs: Runs, processes: int, folder: Path) -> list[Path]:
     try:
         while len(ended) <= len(runs):
             for path, (words, needs) in runs.items():
-                said, why = folder / f"{path.name}.txt", ""
-                if path in running and (status := running[path].poll()) is not None:
-                    del running[path]
-                    ended[path], last = status, said.read_text(errors="replace").rstrip().rpartition("\n")[2]
-                    why = f"exit status {status}, see {said}: {last}" if status else ""
-                elif path not in {*running, *ended} and ended.get(needs):
-                    ended[path], why = 1, "not started, because what it needs failed"
-                elif path not in {*running, *ended} and needs in ended and len(running) < processes:
+                said = folder / f"{path.name}.txt"
+                if path in ended or needs not in ended:
+                    continue
+                if path in running:
+                    if (status := running[path].poll()) is not None:
+                        ended[path] = status
+                        del running[path]
+                    if status:
+                        last = said.read_text(errors="replace").rstrip().rpartition("\n")[2]
+                        tqdm.write(f"FAILED: {path}, exit status {status}, see {said}: {last}", sys.stderr)
+                elif ended[needs]:
+                    ended[path] = 1
+                    tqdm.write(f"FAILED: {path}, not started, because what it needs failed", sys.stderr)
+                elif len(running) < processes:
                     tqdm.write(f"python {' '.join(words)}")
                     with said.open("wb") as file:
                         command = [sys.executable, *words]
                         running[path] = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-                if why:
-                    tqdm.write(f"FAILED: {path}, {why}", sys.stderr)
             bar.update(len(ended) - 1 - bar.n)
             time.sleep(0.2)
     finally:  # after Ctrl-C too: nothing outlives it

@@ -19,7 +19,7 @@ from kit.report import format_summary
 from kit.text import write_tokenizer
 
 CARD = Path(__file__).with_name("card.md").read_text()
-LIMITS = "\nIts code is in this folder. Padding on the left is refused: prompts of a batch have to be equally long.\n"
+LIMITS = "\nIts code is in this folder. Padding on the left is refused: prompts of a batch have to be equally long."
 
 
 @dataclass(frozen=True)
