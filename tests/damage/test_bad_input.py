@@ -277,6 +277,7 @@ CONFIG_FILES: dict[str | bytes, str] = {
 SETTINGS += [Case("train.py a.py", message, {"a.py": text}) for text, message in CONFIG_FILES.items()]
 
 NO_FOLDER = "File exists: file"
+NO_ENTRY = ": /sys...what was complete before is kept"  # where not even root may write
 PREP = cases("prep.py", {
     "--val_fraction=1": "val_fraction='1' has to be less than 1", "a.py": "'a.py'",
     "--tokenizer=bpe": "tokenizer='bpe' has to be 'neox' or 'gpt2'", "--dataset=x --files=no/*.txt": "of one kind",
@@ -284,6 +285,7 @@ PREP = cases("prep.py", {
     "--dataset=mini --files=*.txt": "another name", "--dataset=../x --files=*.txt": "name of a folder",
     "--dataset= --files=*.txt": "name of a folder", "--dataset=cache --files=*.txt": "name of a folder",
     "--dataset=x --files=config/*.py --data_dir=file": NO_FOLDER,
+    "--dataset=x --files=source/*.txt --data_dir=/sys": NO_ENTRY,
     "--dataset=x --files=file --data_dir=data": "--files=file has to match files of one kind",
 })  # fmt: skip
 PREP += cases("prep.py --stage=contexts", {
@@ -323,9 +325,10 @@ RUNNING = cases(f"train.py config/pythia.py {NARROW} --out_dir=new", {
     "--init_from=runs/gpt2-wide --intermediate_size=24": "trained on gpt2 tokens, data/own",
     "--num_heads=1 --init_from=runs/pythia": "num_heads=2", "--phase=phase1": "'block_size' is no setting of",
     "--init_from=no/such/run": "'no/such/run' cannot be read as gpt_neox", "--phase=phase2": "a run of phase 1",
-    "--phase=phase2 --init_from=runs/pythia": "no ContextBlock",
+    "--phase=phase2 --init_from=runs/pythia": "no ContextBlock", "--log_to=wandb": "it takes pip install wandb",
 })  # fmt: skip
 RUNNING += cases(f"train.py config/pythia.py {NARROW}", {
+    "--out_dir=/sys": NO_ENTRY, "--out_dir=/sys/run": NO_ENTRY,
     "--out_dir=file": NO_FOLDER, f"--out_dir={'ü' * 200}": "File name too long",
     "--out_dir=runs/damaged --max_iters=1": UNREADABLE, "--out_dir=runs/seized --init_from=resume": UNREADABLE,
     "--out_dir=runs/stripped --init_from=resume": "runs/stripped/ckpt.pt cannot be gone on from, it has no optimizer",
@@ -378,6 +381,9 @@ RUNNING += cases("tools.export", {
     "runs/pythia": "a run and a new folder", "runs/pythia file": "file holds something", "bare new": "bare",
     "runs/pythia weights": "weights holds something", "runs/pythia new --push_to_hubs=me/it": "'push_to_hub'",
 })  # fmt: skip
+RUNNING += cases("tools.bench --what=decode --quick=True --device=cpu --data_dir=data --dataset=own", {
+    "--out_dir=/sys/bench": NO_ENTRY,
+})  # fmt: skip
 RUNNING += cases("tools.bench --what=contexts", {
     "--out_dir=. --data_dir=nowhere": "nowhere/mini holds no token files", "--out_dir=file": NO_FOLDER,
     "--gguf=no.gguf,file": "no.gguf is not there: docs/speed.md", "--ct2=no": "no is not there: docs/speed.md",
@@ -410,7 +416,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(workshop)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # its index takes half a minute to list
+    for missing in ("lm_eval.tasks", "wandb"):  # the index of the former takes half a minute to list
+        monkeypatch.setitem(sys.modules, missing, None)
     shutil.rmtree("source", ignore_errors=True)
     Path("source").mkdir()
     for name, content in case.files.items():

@@ -1,6 +1,7 @@
 """Infini-Pythia's memory, and what implementations of it get wrong; what holds for every model is in test_models.py."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,13 @@ def test_relevance_is_each_querys_own() -> None:
     assert (A[1::2, 1] > 0.9).all()
 
 
+def test_banks_start_with_equal_shares() -> None:
+    """After three segments bank 0 holds two, bank 1 one, bank 2 none: a half each, nothing for the empty one."""
+    attention = build(replace(CONFIGS["infini-banks"], segment_len=S, use_delta_rule=False)).layers[0].attention
+    ones, expected = torch.ones(1, H, 4 * S, D), torch.tensor([0.25, 0.25, 0.5, 0, 0, 0, 0, 0]).expand(H, -1)
+    torch.testing.assert_close(read_back(attention, ones, ones, 4)[:, -1], expected)
+
+
 @pytest.mark.parametrize("mode", ["infini", "infini-banks", "infini-multi-alibi"])
 def test_under_bf16_autocast_the_memory_is_float32(mode: str) -> None:
     """It is what float32 arithmetic makes of the bfloat16 queries, keys and values."""
@@ -159,7 +167,6 @@ def test_layer_0_starts_from_a_baselines_projections() -> None:
     baseline, model = make_baseline(), build(CONFIGS["infini"])
     assert [type(attention) for attention in model.attentions()] == [InfiniAttention, SelfAttention, SelfAttention]
     assert isinstance(model.init_cache(1, 8).layers[0], Memory)
-    assert not build(CONFIGS["infini-banks"]).layers[0].attention.bank_scores.any(), "banks start with equal shares"
     report = model.start_from(baseline)
     theirs, mine = baseline.layers[0], model.layers[0]
     q, k, v = theirs.attention.query_key_value.weight.unflatten(0, (H, 3, -1)).unbind(1)
